@@ -1,0 +1,58 @@
+/* cpuid.c: cpuid tells what the processor can do, xgetbv which registers the system saves on a task switch. Both must agree. */
+#include "cpuid.h"
+
+#include <stdatomic.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <stdint.h>
+
+typedef struct {
+  uint32_t a, b, c, d;
+} registers;
+
+static registers leaf(uint32_t number) {
+  registers r = {0, 0, 0, 0};
+  __get_cpuid_count(number, 0, &r.a, &r.b, &r.c, &r.d);
+  return r;
+}
+
+static int all_set(uint64_t value, uint64_t bits) { return (value & bits) == bits; }
+
+#define BIT(n) (UINT64_C(1) << (n))
+
+/* Register state that the system saves: 0 where it does not use xsave at all. */
+static uint64_t saved_state(registers basic) {
+  uint32_t low, high;
+  if (!all_set(basic.c, BIT(27))) return 0;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (uint64_t)high << 32 | low;
+}
+
+static unsigned detect(void) {
+  const uint64_t ymm = BIT(1) | BIT(2), zmm = ymm | BIT(5) | BIT(6) | BIT(7), tiles = BIT(17) | BIT(18);
+  registers basic = leaf(1), extended = leaf(7);
+  uint64_t saved = saved_state(basic);
+  unsigned found = 1u << FA_CPU_ANY;
+
+  int avx2 = all_set(saved, ymm) && all_set(basic.c, BIT(12) | BIT(28) | BIT(29)) /* FMA, AVX, F16C */ && all_set(extended.b, BIT(5));
+  int avx512 = avx2 && all_set(saved, zmm) && all_set(extended.b, BIT(16) | BIT(17) | BIT(30) | BIT(31)); /* F, DQ, BW, VL */
+  int amx = avx512 && all_set(saved, tiles) && all_set(extended.d, BIT(22) | BIT(24));                  /* bf16, tile */
+  if (avx2) found |= 1u << FA_CPU_AVX2;
+  if (avx512) found |= 1u << FA_CPU_AVX512;
+  if (amx) found |= 1u << FA_CPU_AMX;
+  return found;
+}
+#else
+static unsigned detect(void) { return 1u << FA_CPU_ANY; }
+#endif
+
+int fa_cpu_has(fa_cpu_feature feature) {
+  static atomic_uint known; /* 0: not asked yet. Two threads may both ask; they find the same. */
+  unsigned found = atomic_load_explicit(&known, memory_order_relaxed);
+  if (!found) {
+    found = detect();
+    atomic_store_explicit(&known, found, memory_order_relaxed);
+  }
+  return (int)(found >> feature & 1u);
+}

@@ -1,0 +1,50 @@
+/* head.h: one (batch, head) of a problem as the CPU engine walks it: where its rows lie, which tiles it visits, and how a tile of
+ * products becomes a tile of scores. Shared by forward, backward and probs. */
+#ifndef FA_CPU_HEAD_H
+#define FA_CPU_HEAD_H
+
+#include "tier.h"
+
+typedef struct {
+  const fa_problem *problem;
+  const fa_tile_ops *ops;
+  int b, h, h_k;
+  fa_sequence seq;
+  fa_philox_key dropout_key;
+  uint32_t dropout_threshold;
+  double slope; /* ALiBi; 0: none */
+} fa_head;
+
+/* An entry of sinks or alibi_slopes; 0 when absent. */
+double fa_per_head_value(const fa_per_head *t, const fa_tile_ops *ops, int b, int h);
+
+fa_head fa_head_of(const fa_problem *problem, const fa_tile_ops *ops, int b, int h);
+
+/* Row `row` of this head's sequence in a tensor of queries (q, out, dout, dq), of keys (k, v, dk, dv) or of statistics. */
+void *fa_query_row(const fa_head *head, const fa_view *view, int row);
+void *fa_key_row(const fa_head *head, const fa_view *view, int row);
+double fa_statistic(const fa_head *head, const fa_view *view, int row);
+void fa_set_statistic(const fa_head *head, const fa_view *view, int row, double value);
+
+/* Rows [start, start + rows) as a tile. */
+void fa_load_queries(const fa_head *head, const fa_view *view, int start, int rows, int dim, void *tile);
+void fa_load_keys(const fa_head *head, const fa_view *view, int start, int rows, int dim, void *tile);
+void fa_load_keys_transposed(const fa_head *head, const fa_view *view, int start, int rows, int dim, void *tile);
+
+/* The tiles of keys that some row of [m0, m0 + rows) may see: first key (a multiple of FA_BLOCK_N) and end. */
+fa_range fa_key_tiles(const fa_head *head, int m0, int rows);
+
+/* False when the block mask rules out the whole tile. Query tiles never straddle two blocks (see fa_block_m). */
+int fa_tile_in_block_mask(const fa_head *head, int m0, int n0);
+
+/* Products -> scores, -inf where a pair is not visible. Returns 1 when some pair may be invisible. */
+int fa_score_tile(const fa_head *head, int m0, int rows, int n0, int columns, void *s, void *softcap_factor);
+
+fa_dropout_row fa_dropout_of(const fa_head *head, int m, int n0);
+
+enum { FA_MAX_BLOCK_M = 128 };
+
+/* Query rows of a tile: at most FA_MAX_BLOCK_M, and a divisor of the block mask's size. From the shapes alone. */
+int fa_block_m(const fa_problem *problem);
+
+#endif
