@@ -1,0 +1,257 @@
+"""The torch front. A call on plain tensors in eager mode goes straight to C, through one autograd.Function where gradients are asked
+for; every other call (torch.compile, fake tensors, dispatch modes, function transforms, tensor subclasses) goes through the custom
+ops of ops.py, where torch can see it. Both paths save the same tensors and give the same numbers.
+"""
+
+from typing import Any
+
+import torch
+from torch.autograd import Function, forward_ad
+
+from . import calls, ops
+from .api import NO_TENSORS
+
+array_module = torch
+tensor_type = torch.Tensor
+
+_is_compiling = torch.compiler.is_compiling
+_is_autocast_enabled = torch._C._is_any_autocast_enabled
+_is_deterministic = torch._C._get_deterministic_algorithms
+_is_grad_enabled = torch.is_grad_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transforms_active = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+_PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
+
+
+def attention(q: Any, k: Any, v: Any, tensors: tuple, options: tuple, return_lse: bool, return_probs: bool = False) -> Any:
+    """tensors and options as in api.py. Returns out, (out, lse) with return_lse, or (out, lse, probs) with return_probs."""
+    if _is_compiling() or not is_direct(q, k, v, tensors):
+        return _through_dispatcher(q, k, v, tensors, options, return_lse, return_probs)
+    if _is_autocast_enabled():
+        q, k, v = autocast(q, k, v)
+    if options[4] or return_probs or _is_deterministic():
+        tensors, options = complete(q, k, tensors, options, return_probs)
+    elif tensors is NO_TENSORS:
+        tensors = calls.NO_TENSORS
+    else:
+        tensors += (None, None)
+    return_lse = return_lse or return_probs
+    if _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or _needs_grad(tensors)):
+        if tensors is calls.NO_TENSORS:
+            result = _apply(q, k, v, None, None, None, None, options, return_lse)
+        else:
+            result = _apply(q, k, v, tensors[0], tensors[2], tensors[3], tensors, options, return_lse)
+    else:
+        result = calls.forward(q, k, v, tensors, options)
+        if not return_lse:
+            return result[0]
+    return (*result, tensors[10]) if return_probs else result
+
+
+def is_direct(q: Any, k: Any, v: Any, tensors: tuple) -> bool:
+    """Whether only C needs to see this call: plain tensors, and nothing active that watches or rewrites operators. C refuses what is
+    not strided, but it cannot see the bit that marks a lazily negated view."""
+    if _dispatch_modes() or _function_modes() or _transforms_active() or _tracing_state() is not None or forward_ad._current_level >= 0:
+        return False
+    types = _PLAIN_TYPES
+    if type(q) not in types or type(k) not in types or type(v) not in types or q.is_neg() or k.is_neg() or v.is_neg():
+        return False
+    if tensors is not NO_TENSORS:
+        for tensor in tensors:
+            if tensor is not None and (type(tensor) not in types or tensor.is_neg()):
+                return False
+    return True
+
+
+def _needs_grad(tensors: tuple) -> bool:
+    return tensors is not calls.NO_TENSORS and any(t is not None and t.requires_grad for t in (tensors[0], tensors[2], tensors[3]))
+
+
+def complete(q: Any, k: Any, tensors: tuple, options: tuple, return_probs: bool) -> tuple[tuple, tuple]:
+    """Adds what a call draws or allocates: (rng_state, probs) behind the tensors; torch's own switch for determinism."""
+    rng_state = random_state(q) if options[4] else None
+    if _is_deterministic():
+        options = (*options[:9], True)
+    probs = calls.allocate_probs(q, k, tensors[5], options) if return_probs else None
+    return (*tensors, rng_state, probs), options
+
+
+def random_state(q: torch.Tensor) -> torch.Tensor:
+    """(seed, offset) from the default generator of q's device, left on the device: repeatable, and new on every graph replay."""
+    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=q.device)
+
+
+def autocast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+    """Under torch.autocast q, k, v take its dtype, as in torch's own attention; bias and the like keep theirs."""
+    device = q.device.type
+    if not torch.is_autocast_enabled(device):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t for t in (q, k, v))
+
+
+class _Attention(Function):
+    """tensors is None for none: most calls have none, and every argument and saved tensor costs host time."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, _bias: Any, _alibi: Any, _sinks: Any, tensors: Any, options: tuple, lse_too: bool) -> Any:
+        if tensors is None:
+            out, lse = calls.forward(q, k, v, calls.NO_TENSORS, options)
+            ctx.save_for_backward(q, k, v, out, lse)
+        else:
+            out, lse = calls.forward(q, k, v, tensors, options)
+            ctx.save_for_backward(q, k, v, out, lse, *tensors[:10])
+        ctx.options = options
+        if not lse_too:
+            return out
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Any, dlse: Any = None) -> tuple:
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:6]
+        if dout is None:
+            dout = torch.zeros_like(out)
+        grads = gradients(dout, dlse, (q, k, v, out, lse), tuple(tensors) or calls.NO_TENSORS[:10], ctx.options, wanted)
+        return (*grads, None, None, None)
+
+
+# Function.apply without the handling of function transforms, which do not come here: half its host time.
+_apply = super(Function, _Attention).apply
+
+
+def gradients(dout: Any, dlse: Any, inputs: tuple, tensors: tuple, options: tuple, wanted: tuple, grads: tuple | None = None) -> tuple:
+    """(dq, dk, dv, dbias, dalibi_slopes, dsinks), None where not wanted, written into `grads` where the caller has made room."""
+    if torch.is_grad_enabled():  # create_graph=True: allowed, as long as nobody differentiates through what comes back
+        found = _Gradients.apply(dout, dlse, *inputs, *tensors, options, wanted)
+    elif not is_direct(dout, inputs[0], inputs[1], (dlse, *inputs[2:], *tensors)):
+        found = ops.bwd(dout, dlse, inputs, tensors, options, wanted)
+    else:
+        if grads is None:
+            grads = calls.allocate_gradients((*inputs[:3], tensors[0], tensors[2], tensors[3]), wanted)
+        calls.backward(dout, dlse, inputs, tensors, options, grads)
+        return grads
+    if grads is None:
+        return tuple(value if want else None for value, want in zip(found, wanted, strict=True))
+    for room, value in zip(grads, found, strict=True):
+        if room is not None:
+            room.copy_(value)
+    return grads
+
+
+class _Gradients(Function):
+    """The backward pass as a node of the graph, whose own derivative is refused in plain words."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple:
+        dout, dlse, *tensors, options, wanted = args
+        return torch.ops.flash_attn_c.bwd(dout, dlse, *tensors, *ops.to_schema(options), wanted)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        ops.refuse_second_derivative()
+
+
+class _Transformed(Function):
+    """For torch.func.grad and vjp, which want forward and context apart. Inside, the call meets the next transform or the op."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple:
+        q, k, v, *tensors, options = args
+        out, lse, _ = ops.fwd(q, k, v, tuple(tensors), options, False)
+        return out, lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        *tensors, ctx.options = inputs
+        ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+
+    @staticmethod
+    def backward(ctx: Any, dout: Any, dlse: Any) -> tuple:
+        needs = ctx.needs_input_grad
+        dq, dk, dv, dbias, dalibi, dsinks = _Gradients.apply(dout, dlse, *ctx.saved_tensors, ctx.options, _wanted(needs))
+        grads = (dq, dk, dv, dbias, None, dalibi, dsinks, *(None,) * (len(needs) - 7))
+        return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+def _wanted(needs: tuple) -> tuple:
+    """Which of (q, k, v, bias, alibi_slopes, sinks) want a gradient, from the flags of (q, k, v, bias, mask, alibi_slopes, sinks, ...)."""
+    return (*needs[:4], *needs[5:7])
+
+
+def _through_dispatcher(q: Any, k: Any, v: Any, tensors: tuple, options: tuple, return_lse: bool, return_probs: bool) -> Any:
+    check(q, k, v, tensors)
+    q, k, v = autocast(q, k, v)
+    rng_state = random_state(q) if options[4] else None
+    if not _is_compiling() and _is_deterministic():
+        options = (*options[:9], True)
+    tensors = (*tensors, rng_state)
+    if not _is_compiling() and _transforms_active():
+        if return_probs:
+            raise NotImplementedError("return_attn_probs: is not implemented under torch.func transforms")
+        out, lse = _Transformed.apply(q, k, v, *tensors, options)
+        return (out, lse) if return_lse else out
+    out, lse, probs = ops.fwd(q, k, v, tensors, options, return_probs)
+    if return_probs:
+        return out, lse, probs
+    return (out, lse) if return_lse else out
+
+
+def check(q: Any, k: Any, v: Any, tensors: tuple) -> None:
+    """Refuses by name what is no tensor of numbers in memory, and what no kernel here understands."""
+    if _is_compiling():
+        return
+    for name, tensor in zip(("q", "k", "v", *calls.NAMES[:9]), (q, k, v, *tensors), strict=True):
+        if tensor is not None:
+            _check_tensor(name, tensor)
+    _check_transform()
+
+
+def _check_tensor(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch tensor like q, got {type(tensor).__name__}")
+    if tensor.is_nested:
+        raise NotImplementedError(f"{name}: is a nested tensor; pass packed sequences with cu_seqlens_q and cu_seqlens_k")
+    kinds = {cls.__name__ for cls in type(tensor).__mro__}
+    if "DTensor" in kinds:
+        raise NotImplementedError(f"{name}: is a DTensor; call on its local tensor, DTensor.to_local()")
+    if tensor.is_quantized:
+        raise TypeError(f"{name}: is quantized ({tensor.dtype}); dequantize it first")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: layout {tensor.layout} must be torch.strided; use to_dense() first")
+    if tensor.is_complex():
+        raise TypeError(f"{name}: dtype {tensor.dtype} must be real")
+    if tensor.is_neg():
+        raise TypeError(f"{name}: is a negated view; use resolve_neg() first")
+    if "FakeTensor" in kinds and not _dispatch_modes():
+        raise TypeError(f"{name}: is a fake tensor outside its FakeTensorMode; it has no data")
+    if tensor.device.type == "meta" and "FakeTensor" not in kinds and "FunctionalTensor" not in kinds:
+        raise TypeError(f"{name}: is on the meta device; it has no data")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise NotImplementedError(f"{name}: forward-mode differentiation (jvp) is not implemented; use reverse mode")
+
+
+def _check_transform() -> None:
+    interpreter: Any = torch._C._functorch.peek_interpreter_stack()
+    if interpreter is None:
+        return
+    kind = interpreter.key()
+    if kind == torch._C._functorch.TransformType.Vmap:
+        raise NotImplementedError("flash_attn_c: torch.vmap over attention is not implemented; use the batch and head dimensions")
+    if kind == torch._C._functorch.TransformType.Jvp:
+        raise NotImplementedError("flash_attn_c: forward-mode differentiation (jvp) is not implemented; use reverse mode")
+
+
+def constant(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach()
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype)
