@@ -1,0 +1,37 @@
+"""Every benchmark of the project: python benchmarks/bench.py COMMAND [--help]. Results go to benchmarks/results/."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+import accuracy
+import host
+import speed
+
+# command -> what it answers, its options, what runs it, the device it needs
+COMMANDS = {
+    "host": ("microseconds of one call on tiny tensors, beside torch's", host.add_options, host.run, None),
+    "cpu": ("rates on this CPU, beside torch's", lambda p: speed.add_options(p, "cpu"), speed.cpu, None),
+    "accuracy": ("worst error over the list of test cases", accuracy.add_options, accuracy.run, None),
+    "fwd": ("forward rates on this GPU, beside cuDNN's and others", lambda p: speed.add_options(p, "cuda"), speed.gpu_forward, "cuda"),
+    "bwd": ("backward rates on this GPU, beside cuDNN's and others", lambda p: speed.add_options(p, "cuda"), speed.gpu_backward, "cuda"),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (answers, add_options, _, _) in COMMANDS.items():
+        add_options(commands.add_parser(name, help=answers, description=answers, formatter_class=argparse.ArgumentDefaultsHelpFormatter))
+    options = parser.parse_args(arguments)
+    _, _, run, needs = COMMANDS[options.command]
+    if needs == "cuda" and not torch.cuda.is_available():
+        sys.exit(f"bench.py {options.command} needs a GPU that torch can see")
+    run(options)
+
+
+if __name__ == "__main__":
+    main()

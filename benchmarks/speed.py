@@ -1,0 +1,150 @@
+"""Rates of attention, forward and backward, beside what a user would call instead: `bench.py cpu`, `fwd` and `bwd`.
+
+Every cell has the same number of tokens, so every cell takes the same memory and short sequences mean many of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+
+import torch
+import torch.nn.functional as F
+from flash_attn_c import attention
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from report import draw_rates, geometric_mean, print_table, save_json
+from timing import attention_flops, describe, interleaved_medians, machine, matmul_rate
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def ours(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    return attention(q, k, v, causal=causal)
+
+
+def torch_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def torch_backend(backend: SDPBackend):
+    def run(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        with sdpa_kernel(backend):
+            return torch_sdpa(q, k, v, causal)
+
+    return run
+
+
+CPU_RIVALS = {"ours": ours, "torch": torch_sdpa}
+GPU_RIVALS = {
+    "ours": ours,
+    "cuDNN": torch_backend(SDPBackend.CUDNN_ATTENTION),
+    "FA2": torch_backend(SDPBackend.FLASH_ATTENTION),
+    "efficient": torch_backend(SDPBackend.EFFICIENT_ATTENTION),
+}
+
+
+def candidates(rivals: dict, shape: tuple[int, ...], dtype: torch.dtype, device: str, causal: bool, backward: bool) -> dict:
+    """rival -> a call to time. One that refuses these inputs is left out."""
+    q, k, v = (torch.randn(shape, device=device).to(dtype).requires_grad_(backward) for _ in range(3))
+    calls = {}
+    for name, run in rivals.items():
+        try:
+            out = run(q, k, v, causal)
+            if backward:
+                dout = torch.randn(out.shape, device=device).to(dtype)
+                calls[name] = lambda out=out, dout=dout: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+                calls[name]()
+            else:
+                calls[name] = lambda run=run: run(q, k, v, causal)
+        except (RuntimeError, NotImplementedError) as refusal:
+            if name == "ours":
+                raise
+            tqdm.write(f"{name} does not run this: {str(refusal).splitlines()[0][:90]}")
+            calls.pop(name, None)
+    return calls
+
+
+def measure(cell: tuple, rivals: dict, options: argparse.Namespace, unit: float) -> dict:
+    """One row of results: the rate of every rival in multiples of `unit` FLOP/s."""
+    direction, dtype, dim, mask, seqlen = cell
+    causal, backward = mask == "causal", direction == "backward"
+    sequences = max(1, options.tokens // seqlen)
+    heads = max(1, options.width // dim)
+    calls = candidates(rivals, (sequences, seqlen, heads, dim), DTYPES[dtype], options.device, causal, backward)
+    seconds = interleaved_medians(calls, options.device, options.rounds)
+    flops = attention_flops(sequences, heads, seqlen, dim, causal, backward)
+    row = dict(direction=direction, dtype=dtype, dim=dim, mask=mask, seqlen=seqlen, batch=sequences, heads=heads)
+    return {**row, **{name: flops / s / unit for name, s in seconds.items()}}
+
+
+def run(name: str, options: argparse.Namespace, rivals: dict, directions: list[str], unit: float, unit_name: str, matmul_size: int) -> None:
+    torch.manual_seed(0)
+    facts = machine(options.device)
+    print(describe(facts))
+    limits = {dtype: matmul_rate(DTYPES[dtype], options.device, matmul_size) / unit for dtype in options.dtypes}
+    cells = list(itertools.product(directions, options.dtypes, options.dims, options.masks, options.seqlens))
+    rows = []
+    for cell in tqdm(cells, desc=f"bench {name}", unit="cell"):
+        rows.append(measure(cell, rivals, options, unit))
+        base = next((rival for rival in rivals if rival != "ours" and rival in rows[-1]), None)
+        rows[-1].update(
+            matmul_share=rows[-1]["ours"] / limits[cell[1]], rival=base, ratio=rows[-1]["ours"] / rows[-1][base] if base else None
+        )
+
+    columns = ["direction", "dtype", "dim", "mask", "seqlen", *rivals, "ratio", "matmul_share"]
+    titles = [f"{c} {unit_name}" if c in rivals else {"matmul_share": "share of matmul"}.get(c, c) for c in columns]
+    print_table(titles, [[row.get(c) for c in columns] for row in rows])
+    print_means(rows, limits, unit_name)
+    paths = [save_json(name, facts, rows, unit=unit_name, matmul=limits)]
+    paths.append(draw_rates(name, f"Attention on {describe(facts)}", rows, list(rivals), unit_name, limits))
+    print("wrote", ", ".join(f"{path.parent.name}/{path.name}" for path in paths))
+
+
+def print_means(rows: list[dict], limits: dict[str, float], unit_name: str) -> None:
+    print("\nGeometric mean of the ratio over the first rival, its worst cell, and our best share of the matrix product:")
+    groups = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        for direction, mask in dict.fromkeys((row["direction"], row["mask"]) for row in rows):
+            here = [row for row in rows if (row["dtype"], row["direction"], row["mask"]) == (dtype, direction, mask)]
+            ratios = [row["ratio"] for row in here if row["ratio"]]
+            if ratios:
+                best = max(row["matmul_share"] for row in here)
+                groups.append([dtype, direction, mask, geometric_mean(ratios), min(ratios), best, limits[dtype]])
+    print_table(["dtype", "direction", "mask", "mean ratio", "worst ratio", "best share", f"matmul {unit_name}"], groups)
+
+
+def add_options(parser: argparse.ArgumentParser, device: str) -> None:
+    on_gpu = device == "cuda"
+    parser.set_defaults(device=device)
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bf16"] if on_gpu else list(DTYPES))
+    parser.add_argument("--dims", nargs="+", type=int, default=[64, 128, 256] if on_gpu else [64, 128])
+    parser.add_argument("--masks", nargs="+", choices=["full", "causal"], default=["full", "causal"])
+    parser.add_argument("--seqlens", nargs="+", type=int, default=[2**n for n in (range(9, 15) if on_gpu else range(9, 14))])
+    parser.add_argument("--tokens", type=int, default=16384 if on_gpu else 8192, help="tokens of a cell: batch x seqlen")
+    parser.add_argument("--width", type=int, default=2048 if on_gpu else 256, help="heads x head dim")
+    parser.add_argument("--rounds", type=int, default=7 if on_gpu else 3)
+    parser.add_argument("--quick", action="store_true", help="a few cells, few rounds")
+
+
+def shorten(options: argparse.Namespace) -> None:
+    if options.quick:
+        options.seqlens, options.dims, options.rounds = options.seqlens[:2], options.dims[:1], 3
+
+
+def cpu(options: argparse.Namespace) -> None:
+    shorten(options)
+    run("cpu", options, CPU_RIVALS, ["forward", "backward"], 1e9, "GFLOP/s", 2048)
+
+
+def gpu_forward(options: argparse.Namespace) -> None:
+    shorten(options)
+    run("fwd", options, GPU_RIVALS, ["forward"], 1e12, "TFLOP/s", 8192)
+
+
+def gpu_backward(options: argparse.Namespace) -> None:
+    shorten(options)
+    run("bwd", options, GPU_RIVALS, ["backward"], 1e12, "TFLOP/s", 8192)

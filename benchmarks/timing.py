@@ -1,0 +1,91 @@
+"""How time is taken: candidates interleaved in one process, medians of several rounds, on the CPU's clock or with CUDA events."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+Candidates = dict[str, Callable[[], object]]
+
+
+def machine(device: str) -> dict:
+    """What the figures were measured on: the kind of machine, never which one."""
+    from flash_attn_c import _C
+
+    facts = {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "cpu_tier": json.loads(_C.describe())["cpu"]["tier"],
+    }
+    if device == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def cpu_model() -> str:
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def describe(facts: dict) -> str:
+    where = facts.get("gpu") or f"{facts['cores']} cores of {facts['cpu']}, {facts['threads']} threads, tier {facts['cpu_tier']}"
+    return f"{where}; torch {facts['torch']}; {facts['date']}"
+
+
+def seconds_cpu(call: Callable[[], object], repeats: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - begin) / repeats
+
+
+def seconds_cuda(call: Callable[[], object], repeats: int) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000 / repeats
+
+
+def interleaved_medians(candidates: Candidates, device: str, rounds: int = 5, at_least: float = 0.05) -> dict[str, float]:
+    """Seconds a call of each candidate: every round times each of them once, for `at_least` seconds, so that drift hits all alike."""
+    clock = seconds_cuda if device == "cuda" else seconds_cpu
+    repeats = {}
+    for name, call in candidates.items():
+        first = clock(call, 1)  # compiles, allocates, starts threads
+        again = first if first > at_least * 10 else clock(call, 1)
+        repeats[name] = max(1, round(at_least / max(again, 1e-7)))
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, call in candidates.items():
+            samples[name].append(clock(call, repeats[name]))
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def matmul_rate(dtype: torch.dtype, device: str, size: int) -> float:
+    """FLOP/s of one square matrix product through torch: the machine's own limit, as far as a user can reach it."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = interleaved_medians({"matmul": lambda: a @ b}, device, rounds=3)["matmul"]
+    return 2 * size**3 / seconds
+
+
+def attention_flops(batch: int, heads: int, seqlen: int, dim: int, causal: bool, backward: bool) -> float:
+    """4 b h s^2 d forward, half of it under a causal mask, two and a half times that backward."""
+    forward = 4 * batch * heads * seqlen**2 * dim / (2 if causal else 1)
+    return 2.5 * forward if backward else forward

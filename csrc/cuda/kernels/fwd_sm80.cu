@@ -1,0 +1,436 @@
+/* fwd_sm80.cu: forward attention on mma.sync, for sm_80 and every later GPU; fp16, bf16, and fp32 in three TF32 terms.
+ *
+ * One CTA computes BLOCK_M query rows of one head; each warp owns BLOCK_M / WARPS of them (16 or 32) and sees every key, so that softmax never
+ * leaves a quad of lanes.
+ *
+ *            keys -->  n       n-1      n-2           each step, for one tile of BLOCK_N keys:
+ *          +-------+-------+-------+-------+            S = Q K^T             tensor cores, Q from registers or shared memory
+ *   warp 0 |       |       |       |                    mask, softmax         registers; rescale O when a maximum moved
+ *   warp 1 |   S   |   S   |   S   |  ...               O += P V              tensor cores, P from the registers of S
+ *   ...    |       |       |       |                  at the end: O / sum, lse = max + log(sum)
+ *          +-------+-------+-------+-------+
+ *
+ * Tiles go from the last key to the first: the ragged and the diagonal tiles come first. Those alone are masked element by element, by the warps
+ * that need it; a warp skips tiles that none of its rows sees.
+ *
+ * Shared memory, bytes, in this order (rows swizzled, tile.h):
+ *   Q    BLOCK_M * HEAD_DIM * size                 read by its own warp only
+ *   K    STAGES * BLOCK_N * HEAD_DIM * size
+ *   V    STAGES * BLOCK_N * DIM_V * size
+ *   O    in place of all of these, at the end: BLOCK_M * (DIM_V + 8) * 4
+ * Loads are cp.async. STAGES == 2: K and V of the next tile arrive during this one, one barrier a tile. STAGES == 1, for small shared memories: V
+ * arrives during Q K^T and the next K during softmax and P V, two barriers a tile.
+ *
+ * Registers a thread: O takes BLOCK_M / WARPS * DIM_V / 32, S takes BLOCK_M / WARPS * BLOCK_N / 32, Q in registers BLOCK_M / WARPS * HEAD_DIM / 64
+ * (16 bits); csrc/cuda/tiles.def keeps their sum under about 210 of 255, and the build test refuses spills. What limits: the rate of mma.sync (about 0.62 of what
+ * wgmma reaches on sm_90), then the exponential.
+ *
+ * A weight of 0 times a value of infinity or NaN is NaN, though the pair was masked. Nothing in the loop guards against that: when O
+ * holds a NaN at the end, the tile is computed again with the finite values alone, and twice more to find the infinite ones that are due.
+ *
+ * Constants: DTYPE, HEAD_DIM and DIM_V (padded to 32), BLOCK_M, BLOCK_N, WARPS, STAGES, CTAS (wanted on an SM), Q_REGISTERS, ALIGNED, SCORE (1: any
+ * of softcap, bias, mask, ALiBi, a scale that is not positive), DROPOUT.
+ */
+#define REAL float
+
+#include "mma.h"
+#include "score.h"
+#include "softmax.h"
+#include "visible.h"
+
+#define THREADS (32 * WARPS)
+#define WARP_ROWS (BLOCK_M / WARPS)
+#define M_FRAGS (WARP_ROWS / 16)
+#define N_FRAGS (BLOCK_N / 8)
+#define V_FRAGS (DIM_V / 8)
+#define QK_STEPS (HEAD_DIM * ELEMENT_BYTES / 32)
+#define PV_STEPS (BLOCK_N / FA_STEP_ROWS)
+#define Q_ROW_BYTES (HEAD_DIM * ELEMENT_BYTES)
+#define V_ROW_BYTES (DIM_V * ELEMENT_BYTES)
+#define Q_TILE_BYTES (BLOCK_M * Q_ROW_BYTES)
+#define K_TILE_BYTES (BLOCK_N * Q_ROW_BYTES)
+#define V_TILE_BYTES (BLOCK_N * V_ROW_BYTES)
+#define O_PITCH (DIM_V + 8) /* floats; eight apart, so that the quads of a warp write to different banks */
+
+/* A warp's state. Row r of fragment m is row 16 * m + lane / 4 + 8 * r of the warp. */
+typedef struct {
+  float o[M_FRAGS][V_FRAGS][4];
+  float max[M_FRAGS][2], sum[M_FRAGS][2]; /* sum: this lane's columns only */
+} warp_state;
+
+FA_INLINE void load_q(fa_operand_a q[M_FRAGS], uint32_t q_smem, int warp_row, fa_lane rows_first, int step) {
+#pragma unroll
+  for (int m = 0; m < M_FRAGS; m++) fa_load_a(&q[m], q_smem, rows_first, warp_row + 16 * m, step, Q_ROW_BYTES);
+}
+
+/* S = Q K^T */
+FA_INLINE void scores(float s[M_FRAGS][N_FRAGS][4], fa_operand_a q_reg[][M_FRAGS], uint32_t q_smem, int warp_row, uint32_t k_smem) {
+  int lane = threadIdx.x % 32;
+  fa_lane q_lane = fa_lane_rows_first(lane, Q_ROW_BYTES), k_lane = fa_lane_chunks_first(lane, Q_ROW_BYTES);
+#pragma unroll
+  for (int m = 0; m < M_FRAGS; m++)
+#pragma unroll
+    for (int n = 0; n < N_FRAGS; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) s[m][n][e] = 0.0f;
+#pragma unroll
+  for (int step = 0; step < QK_STEPS; step++) {
+    fa_operand_a q[M_FRAGS];
+    if (Q_REGISTERS) {
+#pragma unroll
+      for (int m = 0; m < M_FRAGS; m++) q[m] = q_reg[step][m];
+    } else {
+      load_q(q, q_smem, warp_row, q_lane, step);
+    }
+#pragma unroll
+    for (int m = 0; m < M_FRAGS; m++) fa_split_a(&q[m]);
+#pragma unroll
+    for (int n = 0; n < N_FRAGS; n += 2) {
+      fa_operand_b k[2];
+      fa_load_b_rows(k, k_smem, k_lane, 8 * n, step, Q_ROW_BYTES);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        fa_split_b(&k[half]);
+#pragma unroll
+        for (int m = 0; m < M_FRAGS; m++) fa_mma(s[m][n + half], &q[m], &k[half]);
+      }
+    }
+  }
+}
+
+/* Products become scores, in natural units. One loop a feature, since all but one or two are absent. Pairs outside the sequence have no bias or
+ * mask to read, and are masked later. */
+FA_INLINE void change_scores(float s[N_FRAGS][4], const fa_arg_problem *p, const fa_score_head *head, const fa_tile *tile, int row0, int n0) {
+  int lane = threadIdx.x % 32, column = n0 + 2 * (lane & 3), columns = tile->len_k - column;
+#pragma unroll
+  for (int n = 0; n < N_FRAGS; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) s[n][e] *= head->scale;
+  if (head->softcap != 0.0f) {
+    float inverse = 1.0f / head->softcap;
+#pragma unroll
+    for (int n = 0; n < N_FRAGS; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) s[n][e] = head->softcap * fa_tanh(s[n][e] * inverse);
+  }
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    int row = row0 + (lane >> 2) + 8 * r, inside = row < tile->len_q ? columns : 0;
+    if (head->slope != 0.0f) {
+      float distance = (float)(row + head->off - column);
+#pragma unroll
+      for (int n = 0; n < N_FRAGS; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) s[n][2 * r + e] -= head->slope * fabsf(distance - (float)(8 * n + e));
+    }
+    if (head->bias) fa_add_bias_row(s, N_FRAGS, r, p, head, row, column, inside);
+    if (head->mask) fa_mask_row(s, N_FRAGS, r, p, head, row, column, inside);
+  }
+}
+
+FA_INLINE void drop_weights(float s[N_FRAGS][4], const fa_arg_problem *p, fa_philox_key key, const fa_tile *tile, int row0, int n0) {
+#pragma unroll
+  for (int n = 0; n < N_FRAGS; n++) {
+    uint32_t word[4];
+    fa_fragment_words(key, tile->b, tile->h, row0, n0 + 8 * n, word);
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+      if (word[e] < p->dropout_threshold) s[n][e] = 0.0f;
+  }
+}
+
+/* O += P V */
+FA_INLINE void weigh_values(float o[M_FRAGS][V_FRAGS][4], float s[M_FRAGS][N_FRAGS][4], uint32_t v_smem) {
+  int lane = threadIdx.x % 32;
+  fa_lane v_lane = fa_lane_rows_first(lane, V_ROW_BYTES);
+#pragma unroll
+  for (int step = 0; step < PV_STEPS; step++) {
+    fa_operand_a p[M_FRAGS];
+#pragma unroll
+    for (int m = 0; m < M_FRAGS; m++) fa_operand_from_accumulator(&p[m], s[m], step);
+#pragma unroll
+    for (int pair = 0; pair < V_FRAGS / 2; pair++) {
+      fa_operand_b v[2];
+      fa_load_b_columns(v, v_smem, v_lane, lane, step, pair, V_ROW_BYTES);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        fa_split_b(&v[half]);
+#pragma unroll
+        for (int m = 0; m < M_FRAGS; m++) fa_mma(o[m][2 * pair + half], &p[m], &v[half]);
+      }
+    }
+  }
+}
+
+/* ---- infinite and NaN values ----
+ *
+ * When O of the plain pass holds a NaN, three more passes over the keys find out where it is due, each with another reading of V. */
+enum { PLAIN = 0, FINITE, ABOVE, BELOW, PASSES };
+
+/* One element of V as a pass reads it: FINITE turns infinity and NaN into 0; ABOVE is 1 for +infinity and NaN, BELOW for -infinity and NaN, else 0. */
+FA_INLINE uint32_t reread_element(uint32_t bits, int pass) {
+  uint32_t exponent = DTYPE == FA_ARG_F32 ? 0x7F800000u : DTYPE == FA_ARG_BF16 ? 0x7F80u : 0x7C00u;
+  uint32_t sign = DTYPE == FA_ARG_F32 ? 0x80000000u : 0x8000u;
+  uint32_t one = DTYPE == FA_ARG_F32 ? 0x3F800000u : DTYPE == FA_ARG_BF16 ? 0x3F80u : 0x3C00u;
+  int finite = (bits & exponent) != exponent;
+  if (pass == FINITE) return finite ? bits : 0;
+  return !finite && bits != (pass == ABOVE ? exponent | sign : exponent) ? one : 0;
+}
+
+/* A tile of V in shared memory, in place. */
+FA_INLINE void reread_values(uint32_t v_smem, int pass) {
+#pragma unroll 1
+  for (uint32_t at = 4 * threadIdx.x; at < V_TILE_BYTES; at += 4 * THREADS) {
+    uint32_t bits = ld_shared_b32(v_smem + at);
+    if (DTYPE == FA_ARG_F32)
+      bits = reread_element(bits, pass);
+    else
+      bits = reread_element(bits & 0xFFFFu, pass) | reread_element(bits >> 16, pass) << 16;
+    st_shared_b32(v_smem + at, bits);
+  }
+}
+
+/* ---- one query tile ---- */
+
+/* What a warp does with the scores of one tile of keys: mask, softmax, dropout, and O *= rescale. */
+FA_INLINE void weigh_scores(warp_state *w, float s[M_FRAGS][N_FRAGS][4], const fa_arg_problem *p, const fa_tile *tile, const fa_score_head *head,
+                            fa_philox_key key, float to_log2, int row0, int n0, int masked) {
+  int moved = 0;
+  float rescale[M_FRAGS][2];
+#pragma unroll
+  for (int m = 0; m < M_FRAGS; m++) {
+    if (SCORE) change_scores(s[m], p, head, tile, row0 + 16 * m, n0);
+    if (masked) fa_mask_fragments(s[m], N_FRAGS, p->rule, tile->len_q, tile->len_k, row0 + 16 * m, n0);
+    fa_softmax_rows(s[m], N_FRAGS, to_log2, w->max[m], w->sum[m], rescale[m]);
+    if (DROPOUT) drop_weights(s[m], p, key, tile, row0 + 16 * m, n0);
+    moved |= rescale[m][0] != 1.0f || rescale[m][1] != 1.0f;
+  }
+  if (__any_sync(0xFFFFFFFFu, moved)) {
+#pragma unroll
+    for (int m = 0; m < M_FRAGS; m++)
+#pragma unroll
+      for (int d = 0; d < V_FRAGS; d++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) w->o[m][d][e] *= rescale[m][e >> 1];
+  }
+}
+
+/* The key tiles of this CTA, [first, last]: those that some row sees, or its split's share of them. */
+FA_INLINE void key_tiles(const fa_forward_args *args, const fa_tile *tile, int m1, int *first, int *last) {
+  fa_range seen = fa_visited_keys(args->problem.rule, tile->len_q, tile->len_k, tile->m0, m1);
+  int begin = fa_max(seen.lo, 0) / BLOCK_N, end = seen.hi <= 0 || m1 <= tile->m0 ? 0 : fa_ceil_div(fa_min(seen.hi, tile->len_k), BLOCK_N);
+  int share = fa_ceil_div(fa_max(end - begin, 0), args->splits);
+  *first = begin + tile->split * share;
+  *last = fa_min(end, *first + share) - 1;
+}
+
+/* Walks over the key tiles with O, max and sum in registers. */
+FA_INLINE void attend(warp_state *w, const fa_forward_args *args, const fa_tile *tile, uint32_t smem, int pass) {
+  const fa_arg_problem *p = &args->problem;
+  uint32_t q_smem = smem, k_smem = q_smem + Q_TILE_BYTES, v_smem = k_smem + STAGES * K_TILE_BYTES;
+  int warp_row = threadIdx.x / 32 * WARP_ROWS, row0 = tile->m0 + warp_row, m1 = fa_min(tile->m0 + BLOCK_M, tile->len_q);
+  int warp_m1 = fa_min(row0 + WARP_ROWS, tile->len_q), h_k = tile->h / p->group;
+  fa_range warp_seen = fa_visited_keys(p->rule, tile->len_q, tile->len_k, row0, warp_m1);
+  fa_range plain = fa_unmasked_keys(p->rule, tile->len_q, tile->len_k, row0, warp_m1);
+  if (warp_m1 <= row0) warp_seen.hi = 0;
+
+  const char *k_gmem = fa_head_base(&args->k, ELEMENT_BYTES, tile->b, h_k, tile->k_start);
+  const char *v_gmem = fa_head_base(&args->v, ELEMENT_BYTES, tile->b, h_k, tile->k_start);
+  int64_t k_stride = args->k.s * ELEMENT_BYTES, v_stride = args->v.s * ELEMENT_BYTES;
+#define LOAD_K(n, stage)                                                                                                                   \
+  fa_load_tile(k_smem + (stage) * K_TILE_BYTES, k_gmem + (n) * (k_stride * BLOCK_N), &args->k, tile->len_k - (n) * BLOCK_N, p->dim_qk,       \
+               BLOCK_N, HEAD_DIM, THREADS)
+#define LOAD_V(n, stage)                                                                                                                   \
+  fa_load_tile(v_smem + (stage) * V_TILE_BYTES, v_gmem + (n) * (v_stride * BLOCK_N), &args->v, tile->len_k - (n) * BLOCK_N, p->dim_v, BLOCK_N, \
+               DIM_V, THREADS)
+
+  fa_score_head head;
+  fa_philox_key key;
+  if (SCORE) head = fa_score_of_head(p, tile);
+  if (DROPOUT) key = fa_dropout_key_of(p);
+  float to_log2 = SCORE ? LOG2E : (float)p->scale * LOG2E;
+
+#pragma unroll
+  for (int m = 0; m < M_FRAGS; m++) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) w->max[m][r] = MINUS_INFINITY, w->sum[m][r] = 0.0f;
+#pragma unroll
+    for (int d = 0; d < V_FRAGS; d++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) w->o[m][d][e] = 0.0f;
+  }
+
+  int first, last, stage = 0;
+  key_tiles(args, tile, m1, &first, &last);
+  fa_key_walk walk = fa_walk_keys(p, tile, first, last, BLOCK_N);
+  int n = last >= first ? fa_walk_next(&walk) : -1;
+  if (n < 0) return;
+
+  fa_load_tile(q_smem, fa_head_base(&args->q, ELEMENT_BYTES, tile->b, tile->h, tile->q_start + tile->m0), &args->q, tile->len_q - tile->m0,
+               p->dim_qk, BLOCK_M, HEAD_DIM, THREADS);
+  LOAD_K(n, 0);
+  if (STAGES == 2) LOAD_V(n, 0);
+  cp_async_commit_group();
+
+  fa_operand_a q_reg[QK_STEPS][M_FRAGS];
+  if (Q_REGISTERS) {
+    cp_async_wait_group(0);
+    __syncthreads(); /* Q has landed for the warps that did not load it */
+#pragma unroll
+    for (int step = 0; step < QK_STEPS; step++) load_q(q_reg[step], q_smem, warp_row, fa_lane_rows_first(threadIdx.x % 32, Q_ROW_BYTES), step);
+  }
+
+  while (n >= 0) {
+    int next = fa_walk_next(&walk), n0 = n * BLOCK_N;
+    int seen = n0 < warp_seen.hi && n0 + BLOCK_N > warp_seen.lo;
+    float s[M_FRAGS][N_FRAGS][4];
+
+    cp_async_wait_group(0);
+    __syncthreads(); /* K(n) (and V(n) with two stages) has landed for all; all warps are done with the previous tile's stage */
+    if (STAGES == 1) {
+      LOAD_V(n, 0);
+    } else if (next >= 0) {
+      LOAD_K(next, stage ^ 1);
+      LOAD_V(next, stage ^ 1);
+    }
+    cp_async_commit_group();
+
+    if (seen) scores(s, q_reg, q_smem, warp_row, k_smem + stage * K_TILE_BYTES);
+    if (STAGES == 1) {
+      cp_async_wait_group(0);
+      __syncthreads(); /* V(n) has landed for all; all warps are done with K(n) */
+      if (next >= 0) LOAD_K(next, 0);
+      cp_async_commit_group();
+    }
+    if (pass != PLAIN) {
+      reread_values(v_smem + stage * V_TILE_BYTES, pass);
+      __syncthreads(); /* every warp reads what all have rewritten */
+    }
+    if (seen) {
+      weigh_scores(w, s, p, tile, &head, key, to_log2, row0, n0, n0 < plain.lo || n0 + BLOCK_N > plain.hi);
+      weigh_values(w->o, s, v_smem + stage * V_TILE_BYTES);
+    }
+    if (STAGES == 2) stage ^= 1;
+    n = next;
+  }
+#undef LOAD_K
+#undef LOAD_V
+}
+
+FA_INLINE int has_nan(warp_state *w) {
+  int found = 0;
+#pragma unroll
+  for (int m = 0; m < M_FRAGS; m++)
+#pragma unroll
+    for (int d = 0; d < V_FRAGS; d++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) found |= w->o[m][d][e] != w->o[m][d][e];
+  return found;
+}
+
+/* Where the rows of O go: out, or this split's partial result in f32. */
+typedef struct {
+  char *row0_gmem; /* row 0 of the sequence */
+  int64_t row_stride, dim_stride;
+  int dims, is_f32;
+} row_target;
+
+FA_INLINE void store_one(const row_target *t, int64_t at, float x) {
+  if (t->is_f32)
+    ((float *)t->row0_gmem)[at] = x;
+  else
+    ((uint16_t *)t->row0_gmem)[at] = (uint16_t)fa_pack(x, 0.0f);
+}
+
+/* The warp's rows from shared memory to their place; a lane takes two neighbouring columns, so that a warp writes whole lines. */
+FA_INLINE void store_rows(const row_target *t, const float *o_smem, int row0, int end) {
+  int lane = threadIdx.x % 32, rows = fa_min(WARP_ROWS, end - row0);
+  int pairs = !t->is_f32 && t->dim_stride == 1 && t->dims % 2 == 0 && t->row_stride % 2 == 0 && (uint64_t)t->row0_gmem % 4 == 0;
+#pragma unroll 4
+  for (int i = 0; i < rows; i++)
+    for (int column = 2 * lane; column < t->dims; column += 64) {
+      float x = o_smem[i * O_PITCH + column], y = o_smem[i * O_PITCH + column + 1];
+      int64_t at = (row0 + i) * t->row_stride + column * t->dim_stride;
+      if (pairs) {
+        ((uint32_t *)t->row0_gmem)[at / 2] = fa_pack(x, y);
+      } else {
+        store_one(t, at, x);
+        if (column + 1 < t->dims) store_one(t, at + t->dim_stride, y);
+      }
+    }
+}
+
+/* Passes ABOVE and BELOW: an infinity where O, a sum of weights of infinite values, is positive. A lane touches what it has stored itself. */
+FA_INLINE void store_infinities(const row_target *t, const float *o_smem, int row0, int end, int pass) {
+  int lane = threadIdx.x % 32, rows = fa_min(WARP_ROWS, end - row0);
+#pragma unroll 1
+  for (int i = 0; i < rows; i++)
+#pragma unroll 1
+    for (int column = 2 * lane; column < t->dims; column += column % 2 ? 63 : 1) {
+      int64_t at = (row0 + i) * t->row_stride + column * t->dim_stride;
+      if (!(o_smem[i * O_PITCH + column] > 0.0f)) continue;
+      float before = fa_load_f32(t->row0_gmem, t->is_f32 ? FA_ARG_F32 : DTYPE, at);
+      store_one(t, at, pass == ABOVE ? before - MINUS_INFINITY : before + MINUS_INFINITY);
+    }
+}
+
+/* Divides by the sums and writes out and lse, or this split's part of them, through shared memory. Rows past len_q that have a place in the
+ * tensors get 0 and -infinity. */
+FA_INLINE void finish(warp_state *w, const fa_forward_args *args, const fa_tile *tile, float *o_smem, int pass) {
+  const fa_arg_problem *p = &args->problem;
+  int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * WARP_ROWS, row0 = tile->m0 + warp_row, partial = args->splits > 1;
+  int64_t part = tile->split * fa_statistics_rows(p) + fa_statistics_row(p, tile, 0);
+  char *lse_gmem = partial ? (char *)args->partial_lse + part * 4 : fa_head_base(&args->lse, 4, tile->b, tile->h, tile->q_start);
+  int64_t lse_stride = partial ? 1 : args->lse.s;
+  float sink = partial ? MINUS_INFINITY : fa_sink_of_head(p, tile->h);
+  o_smem += warp_row * O_PITCH;
+#pragma unroll
+  for (int m = 0; m < M_FRAGS; m++)
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      int row = 16 * m + (lane >> 2) + 8 * r, used = row0 + row < tile->len_q;
+      float sum = fa_quad_sum(w->sum[m][r]), lse = used ? fa_log_sum_exp(w->max[m][r], sum) : MINUS_INFINITY;
+      float factor = sum == 0.0f || !used ? 0.0f : 1.0f / sum;
+      if (DROPOUT) factor *= (float)p->keep_scale;
+      if (used && sink != MINUS_INFINITY) { /* one more term of the sum, relative to the larger of the two */
+        float larger = fmaxf(lse, sink), kept = ex2_approx((lse - larger) * LOG2E), total = kept + ex2_approx((sink - larger) * LOG2E);
+        factor *= kept / total;
+        lse = larger + __logf(total);
+      }
+      if (lane % 4 == 0 && row0 + row < tile->slot_q) ((float *)lse_gmem)[(row0 + row) * lse_stride] = lse;
+#pragma unroll
+      for (int d = 0; d < V_FRAGS; d++)
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+          o_smem[row * O_PITCH + 8 * d + 2 * (lane & 3) + e] = factor == 0.0f ? 0.0f : w->o[m][d][2 * r + e] * factor;
+    }
+  __syncwarp(); /* a warp reads back its own rows only */
+  row_target target = {fa_head_base(&args->out, ELEMENT_BYTES, tile->b, tile->h, tile->q_start), args->out.s, args->out.d, p->dim_v,
+                       DTYPE == FA_ARG_F32};
+  if (partial) {
+    row_target f32 = {(char *)args->partial_out + part * p->dim_v * 4, p->dim_v, 1, p->dim_v, 1};
+    target = f32;
+  }
+  if (pass <= FINITE)
+    store_rows(&target, o_smem, row0, tile->slot_q);
+  else
+    store_infinities(&target, o_smem, row0, tile->slot_q, pass);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, CTAS) fwd_sm80(const __grid_constant__ fa_forward_args args) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  fa_tile tile;
+  if (!fa_find_query_tile(&args.problem, args.tiles, args.splits, BLOCK_M, &tile) || tile.m0 >= tile.slot_q) return;
+#pragma unroll 1
+  for (int pass = PLAIN; pass < PASSES; pass++) {
+    warp_state w;
+    attend(&w, &args, &tile, smem_address(shared), pass);
+    /* The barrier inside the vote also keeps every warp from refilling shared memory that another still reads. */
+    int again = __syncthreads_or(pass == PLAIN && has_nan(&w));
+    if (pass == PLAIN && again) continue;
+    fa_find_query_tile(&args.problem, args.tiles, args.splits, BLOCK_M, &tile); /* found anew, to hold no registers until here */
+    finish(&w, &args, &tile, (float *)shared, pass);
+    if (pass == PLAIN) break;
+    __syncthreads(); /* O has left shared memory before the next pass fills it */
+  }
+}

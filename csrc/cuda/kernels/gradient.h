@@ -1,0 +1,102 @@
+/* gradient.h: from the two products of a pair, q.k and dout.v, to its weight P and the gradient dS of its score.
+ *
+ *     P  = exp(score - lse)                       times 1 / (1 - p) or 0 under dropout, for dv
+ *     dS = P * (dout.v * multiplier - delta)      gradient of the bias; times d(cap(x))/dx for q and k
+ *
+ * A pair that is not visible has P = dS = 0 exactly, whatever the operands hold. Expects REAL, SCORE (1: any of softcap, bias, mask, ALiBi) and
+ * DROPOUT.
+ */
+#ifndef FA_GRADIENT_H
+#define FA_GRADIENT_H
+
+#include "args_bwd.h"
+#include "score.h"
+#include "softmax.h"
+
+#define PLUS_INFINITY __int_as_float(0x7f800000)
+
+/* ---- where a CTA's tile lies ---- */
+
+/* The tile of keys of this CTA: m0 counts keys, h is a key head. The grid counts, from the fastest: tile, key head, batch entry; when packed the
+ * tiles of all sequences come in one row. The first tile comes first: under a causal mask it is the longest. */
+FA_INLINE int fa_find_key_tile(const fa_arg_problem *p, int tiles, int keys, fa_tile *tile) {
+  unsigned left = blockIdx.x / (unsigned)tiles;
+  int index = (int)(blockIdx.x % (unsigned)tiles), count = tiles;
+  tile->split = 0;
+  tile->h = (int)(left % (unsigned)p->heads_k);
+  tile->b = (int)(left / (unsigned)p->heads_k);
+  if (p->packed && !fa_find_sequence(p->cu_k, p->batch, keys, index, &tile->b, &index, &count)) return 0;
+  tile->m0 = index * keys;
+  fa_read_lengths(p, tile);
+  return 1;
+}
+
+/* False when the block mask rules out the whole tile. Tiles never straddle two blocks: the plan sees to it. */
+FA_INLINE int fa_in_block_mask(const fa_arg_problem *p, int b, int h, int m0, int n0) {
+  if (!p->block_size) return 1;
+  const fa_arg_grid *mask = &p->block_mask;
+  return ((const char *)mask->data)[b * mask->b + h * mask->h + m0 / p->block_size * mask->m + n0 / p->block_size * mask->n] != 0;
+}
+
+/* ---- one head ---- */
+
+typedef struct {
+  fa_score_head score;
+  fa_philox_key dropout;
+  fa_rule rule;
+  REAL keep_scale;
+  float scale_log2; /* scale * log2(e) */
+  int b, h, len_q, len_k;
+} fa_gradient_head;
+
+FA_INLINE fa_gradient_head fa_gradient_of_head(const fa_arg_problem *p, const fa_tile *tile) {
+  fa_gradient_head head;
+  head.score = fa_score_of_head(p, tile);
+  if (DROPOUT) head.dropout = fa_dropout_key_of(p);
+  head.rule = p->rule;
+  head.keep_scale = (REAL)p->keep_scale;
+  head.scale_log2 = (float)p->scale * LOG2E;
+  head.b = tile->b;
+  head.h = tile->h;
+  head.len_q = tile->len_q;
+  head.len_k = tile->len_k;
+  return head;
+}
+
+/* The keys that row i sees by the causal and window rules; none past the end of the sequence. */
+FA_INLINE fa_range fa_keys_of_row(const fa_gradient_head *head, int i) {
+  fa_range keys = {fa_row_lo(head->rule, head->len_q, head->len_k, i), i < head->len_q ? fa_row_hi(head->rule, head->len_q, head->len_k, i) : 0};
+  return keys;
+}
+
+/* 1 when every row of [m0, m0 + rows) that exists sees every key of [n0, n0 + columns). */
+FA_INLINE int fa_tile_is_full(const fa_gradient_head *head, int m0, int rows, int n0, int columns) {
+  fa_range keys = fa_unmasked_keys(head->rule, head->len_q, head->len_k, m0, fa_min(m0 + rows, head->len_q));
+  return keys.lo <= n0 && n0 + columns <= keys.hi;
+}
+
+/* ---- one pair ---- */
+
+/* lse comes as fa_gradient_args.lse_rows has it: in base 2 for float, natural for double. */
+FA_INLINE REAL fa_weight(REAL score, REAL lse) {
+  return sizeof(REAL) == 8 ? (REAL)exp((double)(score - lse)) : (REAL)ex2_approx(__fmaf_rn((float)score, LOG2E, -(float)lse));
+}
+
+/* *s: q.k, becomes the weight for dv. *dp: dout.v, becomes dS before the cap. Returns d(cap(x))/dx. */
+FA_INLINE REAL fa_gradient_of_pair(const fa_arg_problem *p, const fa_gradient_head *head, REAL *s, REAL *dp, int visible, int i, int j, REAL lse,
+                                   REAL delta, int dropped) {
+  REAL score = *s * head->score.scale, slope_of_cap = 1;
+  if (SCORE && visible) {
+    REAL shift = fa_shift(p, &head->score, i, j);
+    visible = shift != fa_minus_infinity();
+    REAL capped = fa_cap(&head->score, *s);
+    if (head->score.softcap != 0) slope_of_cap = 1 - (capped / head->score.softcap) * (capped / head->score.softcap);
+    score = capped + shift;
+  }
+  REAL weight = visible ? fa_weight(score, lse) : 0, kept = dropped ? 0 : DROPOUT ? head->keep_scale : 1;
+  *dp = visible ? weight * ((dropped ? 0 : *dp * kept) - delta) : 0;
+  *s = dropped ? 0 : weight * kept;
+  return visible ? slope_of_cap : 0;
+}
+
+#endif

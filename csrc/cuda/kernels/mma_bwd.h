@@ -1,0 +1,135 @@
+/* mma_bwd.h: the products of the backward pass between tiles in shared memory, and their exact form for data that is not finite.
+ *
+ *     acc += A B, contraction over k:          S = Q K^T    dP = dO V^T    dV = P^T dO    dK = dS^T Q    dQ = dS K
+ *     A: rows of its tile, or columns          rows         rows           columns        columns        rows
+ *     B: rows of its tile, or columns          rows         rows           columns        columns        columns
+ *
+ * "Columns" means that k runs over the rows of the tile, so that ldmatrix transposes; fp32 has no such instruction and loads element by element,
+ * with k in the order 0 2 4 6 1 3 5 7, and then A has to come in the same order.
+ */
+#ifndef FA_MMA_BWD_H
+#define FA_MMA_BWD_H
+
+#include "mma.h"
+
+enum { FA_BY_ROWS = 0, FA_BY_COLUMNS = 1 };
+
+/* A tile in shared memory as an operand, from row (or column) `at` on. */
+typedef struct {
+  uint32_t smem;
+  int by, at, row_bytes;
+} fa_tile_operand;
+
+FA_INLINE uint32_t fa_ld_element(uint32_t tile_smem, int row, int column, int row_bytes) {
+  uint32_t chunk_smem = fa_chunk_address(tile_smem, row, column / CHUNK_ELEMENTS, row_bytes);
+  uint32_t word = ld_shared_b32(chunk_smem + (column % CHUNK_ELEMENTS * ELEMENT_BYTES & ~3));
+  return DTYPE == FA_ARG_F32 ? word : column & 1 ? word >> 16 : word & 0xFFFFu;
+}
+
+/* Sixteen rows of A, `first` rows after its start, and step `step` of k. */
+FA_INLINE void fa_load_operand_a(fa_operand_a *a, fa_tile_operand t, int b_by, int first, int step) {
+  int lane = threadIdx.x % 32, g = lane >> 2, k = 8 * step + 2 * (lane & 3);
+  if (t.by == FA_BY_ROWS && (DTYPE != FA_ARG_F32 || b_by == FA_BY_ROWS)) {
+    fa_load_a(a, t.smem, fa_lane_rows_first(lane, t.row_bytes), t.at + first, step, t.row_bytes);
+  } else if (DTYPE == FA_ARG_F32) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      int row = t.at + first + g + 8 * (i & 1), at_k = k + (i >> 1);
+      a->r[i] = t.by == FA_BY_ROWS ? fa_ld_element(t.smem, row, at_k, t.row_bytes) : fa_ld_element(t.smem, at_k, row, t.row_bytes);
+    }
+  } else {
+    int chunk = (t.at + first) / 8;
+    ldmatrix_x4_trans(a->r, fa_lane_address(t.smem, fa_lane_chunks_first(lane, t.row_bytes), 16 * step, chunk, t.row_bytes));
+  }
+  fa_split_a(a);
+}
+
+/* Two groups of eight columns of acc, `first` after B's start (a multiple of 16). */
+FA_INLINE void fa_load_operand_b(fa_operand_b b[2], fa_tile_operand t, int first, int step) {
+  int lane = threadIdx.x % 32;
+  if (t.by == FA_BY_ROWS)
+    fa_load_b_rows(b, t.smem, fa_lane_chunks_first(lane, t.row_bytes), t.at + first, step, t.row_bytes);
+  else
+    fa_load_b_columns(b, t.smem, fa_lane_rows_first(lane, t.row_bytes), lane, step, (t.at + first) / 16, t.row_bytes);
+  fa_split_b(&b[0]);
+  fa_split_b(&b[1]);
+}
+
+/* acc[m * n_count + n] += A B for m_count fragments of 16 rows and n_count of 8 columns; k is the length of the contraction. */
+FA_INLINE void fa_product(float acc[][4], int m_count, int n_count, int k, fa_tile_operand a_tile, fa_tile_operand b_tile) {
+#pragma unroll
+  for (int step = 0; step < k / FA_STEP_ROWS; step++) {
+    fa_operand_a a[4];
+#pragma unroll
+    for (int m = 0; m < m_count; m++) fa_load_operand_a(&a[m], a_tile, b_tile.by, 16 * m, step);
+#pragma unroll
+    for (int n = 0; n < n_count; n += 2) {
+      fa_operand_b b[2];
+      fa_load_operand_b(b, b_tile, 8 * n, step);
+#pragma unroll
+      for (int m = 0; m < m_count; m++) {
+        fa_mma(acc[m * n_count + n], &a[m], &b[0]);
+        fa_mma(acc[m * n_count + n + 1], &a[m], &b[1]);
+      }
+    }
+  }
+}
+
+FA_INLINE float fa_element_to_float(uint32_t bits) {
+  return DTYPE == FA_ARG_F32 ? __uint_as_float(bits) : DTYPE == FA_ARG_BF16 ? __uint_as_float(bits << 16) : cvt_f32_f16((uint16_t)bits);
+}
+
+/* The same for B by columns, where an element of A that is 0 says "no such pair" and takes nothing from B, not even NaN. For tiles with
+ * invisible pairs and data that is not finite: rare, so it is plain and slow. */
+FA_INLINE void fa_product_exact(float acc[][4], int m_count, int n_count, int k, fa_tile_operand a_tile, fa_tile_operand b_tile) {
+  int lane = threadIdx.x % 32, g = lane >> 2, q = lane & 3;
+#pragma unroll 1
+  for (int i = 0; i < k; i++) {
+#pragma unroll
+    for (int n = 0; n < n_count; n++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        float b = fa_element_to_float(fa_ld_element(b_tile.smem, i, b_tile.at + 8 * n + 2 * q + (e & 1), b_tile.row_bytes));
+#pragma unroll
+        for (int m = 0; m < m_count; m++) {
+          int row = a_tile.at + 16 * m + g + 8 * (e >> 1);
+          float a = fa_element_to_float(a_tile.by == FA_BY_ROWS ? fa_ld_element(a_tile.smem, row, i, a_tile.row_bytes)
+                                                                : fa_ld_element(a_tile.smem, i, row, a_tile.row_bytes));
+          if (a != 0.0f) acc[m * n_count + n][e] = __fmaf_rn(a, b, acc[m * n_count + n][e]);
+        }
+      }
+    }
+  }
+}
+
+/* Rows g and g + 8 of `count` fragments into a tile of the same element type. */
+FA_INLINE void fa_store_fragments(uint32_t tile_smem, float s[][4], int count, int row0, int column0, int row_bytes) {
+  int lane = threadIdx.x % 32, row = row0 + (lane >> 2), column = column0 + 2 * (lane & 3);
+#pragma unroll
+  for (int n = 0; n < count; n++)
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      int at = column + 8 * n;
+      uint32_t dst_smem = fa_chunk_address(tile_smem, row + 8 * r, at / CHUNK_ELEMENTS, row_bytes) + at % CHUNK_ELEMENTS * ELEMENT_BYTES;
+      if (DTYPE == FA_ARG_F32) {
+        st_shared_b32(dst_smem, __float_as_uint(s[n][2 * r]));
+        st_shared_b32(dst_smem + 4, __float_as_uint(s[n][2 * r + 1]));
+      } else {
+        st_shared_b32(dst_smem, fa_pack(s[n][2 * r], s[n][2 * r + 1]));
+      }
+    }
+}
+
+/* A lane's two neighbouring elements of a row of a gradient. `dims` counts the row's elements. */
+FA_INLINE void fa_store_pair(char *row_gmem, int64_t dim_stride, int dims, int column, float x, float y) {
+  if (ALIGNED && DTYPE == FA_ARG_F32) {
+    if (column < dims) *(float2 *)(row_gmem + column * 4) = make_float2(x, y);
+  } else if (ALIGNED) {
+    if (column < dims) *(uint32_t *)(row_gmem + column * 2) = fa_pack(x, y);
+  } else {
+    if (column < dims) fa_store_element(row_gmem + column * dim_stride * ELEMENT_BYTES, x);
+    if (column + 1 < dims) fa_store_element(row_gmem + (column + 1) * dim_stride * ELEMENT_BYTES, y);
+  }
+}
+
+#endif

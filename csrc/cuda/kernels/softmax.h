@@ -1,0 +1,55 @@
+/* softmax.h: the online softmax on fragments, in base 2.
+ *
+ * A row of a fragment lies in the four lanes of a quad, so its maximum and its sum take two exchanges and no shared memory. Maxima are kept
+ * as score * to_log2. The running maximum moves only when it grows by more than LAZY: until then the weights may reach 2^LAZY, which every
+ * element type holds at full precision, and the accumulated output needs no rescaling. The final division makes it exact.
+ */
+#ifndef FA_SOFTMAX_H
+#define FA_SOFTMAX_H
+
+#include "ptx.h"
+
+#define LOG2E 1.4426950408889634f
+#define LN2 0.6931471805599453f
+#define LAZY 8.0f
+#define MINUS_INFINITY __int_as_float(0xff800000)
+
+FA_INLINE float fa_quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
+}
+
+FA_INLINE float fa_quad_sum(float x) {
+  x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
+  return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
+}
+
+/* The weights exp2(score * to_log2 - max) of two rows (g and g + 8) of `count` fragments, in place. Updates the running maxima and this
+ * lane's part of the sums. *rescale receives what the rows' accumulated output has to be multiplied with. to_log2 is positive. */
+FA_INLINE void fa_softmax_rows(float s[][4], int count, float to_log2, float max[2], float sum[2], float rescale[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    float top = s[0][2 * r];
+#pragma unroll
+    for (int n = 0; n < count; n++) top = fmaxf(top, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
+    top = fa_quad_max(top) * to_log2;
+    float old = max[r];
+    max[r] = top > old + LAZY ? top : old;
+    /* A row that has seen no key keeps -inf; its weights are exp2(-inf - 0) = 0. */
+    float shift = max[r] == MINUS_INFINITY ? 0.0f : max[r];
+    rescale[r] = ex2_approx(old - shift);
+    float total = 0.0f;
+#pragma unroll
+    for (int n = 0; n < count; n++) {
+      s[n][2 * r] = ex2_approx(__fmaf_rn(s[n][2 * r], to_log2, -shift));
+      s[n][2 * r + 1] = ex2_approx(__fmaf_rn(s[n][2 * r + 1], to_log2, -shift));
+      total += s[n][2 * r] + s[n][2 * r + 1];
+    }
+    sum[r] = sum[r] * rescale[r] + total;
+  }
+}
+
+/* Natural log of the sum of exp(score), -inf for a row that saw nothing. */
+FA_INLINE float fa_log_sum_exp(float max, float sum) { return sum == 0.0f ? MINUS_INFINITY : (max + __log2f(sum)) * LN2; }
+
+#endif
