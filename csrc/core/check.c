@@ -31,8 +31,7 @@ fa_code fa_check_device(const char *name, const fa_tensor *t, const fa_tensor *q
 
 fa_code fa_check_dtype(const char *name, const fa_tensor *t, fa_dtype first, fa_dtype second, fa_error *error) {
   if (t->dtype == first || t->dtype == second) return FA_OK;
-  if (first == second)
-    return fa_fail(error, FA_ERR_TYPE, "%s: dtype %s must be %s", name, fa_dtype_name(t->dtype), fa_dtype_name(first));
+  if (first == second) return fa_fail(error, FA_ERR_TYPE, "%s: dtype %s must be %s", name, fa_dtype_name(t->dtype), fa_dtype_name(first));
   return fa_fail(error, FA_ERR_TYPE, "%s: dtype %s must be %s or %s", name, fa_dtype_name(t->dtype), fa_dtype_name(first),
                  fa_dtype_name(second));
 }
@@ -74,4 +73,9 @@ fa_code fa_broadcast(const char *name, const fa_tensor *t, const int64_t full[4]
                    fa_shape_of(t->ndim, t->shape).text, fa_shape_of(4, full).text);
   *grid = (fa_grid){t->data, t->dtype, stride[0], stride[1], stride[2], stride[3], size[0], size[1], size[2], size[3]};
   return FA_OK;
+}
+
+fa_code fa_check_at_most(const char *name, const char *what, int64_t value, int64_t limit, fa_error *error) {
+  if (value <= limit) return FA_OK;
+  return fa_fail(error, FA_ERR_VALUE, "%s: %s %lld is over the limit of %lld", name, what, (long long)value, (long long)limit);
 }

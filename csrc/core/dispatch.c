@@ -35,6 +35,7 @@ fa_code fa_describe(char *text, size_t bytes, fa_error *error) {
   fa_cpu_describe(cpu, sizeof cpu);
   fa_cuda_describe(cuda, sizeof cuda);
   int needed = snprintf(text, bytes, "{\"cpu\": %s, \"cuda\": %s}", cpu, cuda);
-  if (needed < 0 || (size_t)needed >= bytes) return fa_fail(error, FA_ERR_VALUE, "text: %zu bytes are too few, %d needed", bytes, needed + 1);
+  if (needed < 0 || (size_t)needed >= bytes)
+    return fa_fail(error, FA_ERR_VALUE, "text: %zu bytes are too few, %d needed", bytes, needed + 1);
   return FA_OK;
 }

@@ -1,28 +1,19 @@
 /* problem.c: the only validator. Turns a request into a problem, or says which argument, which value and which limit.
  *
- * Order: the tensors q, k, v; lengths; visibility; scores; dropout; outputs; gradients. Each step may rely on those before it. */
+ * Order: the tensors q, k, v; lengths; then (options.c) visibility, scores, dropout; outputs; gradients. Each step may rely on those
+ * before it. */
 #include "problem.h"
 
-#include <math.h>
 #include <string.h>
 
 #include "check.h"
-
-/* Leave the enclosing function with the first error. */
-#define TRY(call)                      \
-  do {                                 \
-    fa_code try_code = (call);         \
-    if (try_code != FA_OK) return try_code; \
-  } while (0)
 
 static const char *const packed_meaning = "(total, heads, dim) with cu_seqlens";
 static const char *const dense_meaning[] = {"(batch, seqlen, heads, dim)", "(batch, heads, seqlen, dim)"};
 
 static int is_compute_dtype(fa_dtype dtype) { return dtype == FA_F32 || dtype == FA_F64 || dtype == FA_F16 || dtype == FA_BF16; }
 
-static fa_dtype statistics_dtype(fa_dtype dtype) { return dtype == FA_F64 ? FA_F64 : FA_F32; }
-
-/* A tensor laid out like q: where its batch, head, position and dim axes are. axis[0] is -1 when packed. */
+/* A tensor laid out like q: where its batch, head, position and dim axes are. b is -1 when packed. */
 typedef struct {
   int b, h, s, d;
 } axes;
@@ -54,11 +45,6 @@ static fa_code check_same(const char *name, const char *what, int64_t value, con
   return fa_fail(error, FA_ERR_VALUE, "%s: %s %lld must equal that of %s, %lld", name, what, (long long)value, other, (long long)expected);
 }
 
-static fa_code check_at_most(const char *name, const char *what, int64_t value, int64_t limit, fa_error *error) {
-  if (value <= limit) return FA_OK;
-  return fa_fail(error, FA_ERR_VALUE, "%s: %s %lld is over the limit of %lld", name, what, (long long)value, (long long)limit);
-}
-
 static fa_code check_head_dim(const char *name, int64_t dim, fa_error *error) {
   if (dim >= 1 && dim <= FA_MAX_HEAD_DIM) return FA_OK;
   return fa_fail(error, FA_ERR_VALUE, "%s: head dim %lld must be in 1..%d", name, (long long)dim, FA_MAX_HEAD_DIM);
@@ -79,13 +65,13 @@ static fa_code init_tensors(fa_problem *p, const fa_request *r, axes a, fa_error
   if (a.b >= 0) {
     TRY(check_same("k", "batch", k[a.b], "q", q[a.b], error));
     TRY(check_same("v", "batch", v[a.b], "q", q[a.b], error));
-    TRY(check_at_most("q", "batch", q[a.b], INT32_MAX, error));
+    TRY(fa_check_at_most("q", "batch", q[a.b], INT32_MAX, error));
   }
   if (q[a.h] < 1 || k[a.h] < 1 || q[a.h] % k[a.h] != 0)
     return fa_fail(error, FA_ERR_VALUE, "k: heads %lld must divide q: heads %lld", (long long)k[a.h], (long long)q[a.h]);
-  TRY(check_at_most("q", "heads", q[a.h], INT32_MAX, error));
-  TRY(check_at_most("q", "seqlen", q[a.s], a.b < 0 ? INT32_MAX : FA_LENGTH_MAX, error));
-  TRY(check_at_most("k", "seqlen", k[a.s], a.b < 0 ? INT32_MAX : FA_LENGTH_MAX, error));
+  TRY(fa_check_at_most("q", "heads", q[a.h], INT32_MAX, error));
+  TRY(fa_check_at_most("q", "seqlen", q[a.s], a.b < 0 ? INT32_MAX : FA_LENGTH_MAX, error));
+  TRY(fa_check_at_most("k", "seqlen", k[a.s], a.b < 0 ? INT32_MAX : FA_LENGTH_MAX, error));
 
   p->device = r->q.device;
   p->device_index = r->q.device_index;
@@ -127,9 +113,8 @@ static fa_code check_cumulative(const char *name, fa_ints cu, int batch, int64_t
     *longest = fa_max(*longest, next - here);
   }
   int last = cu.data[batch * cu.stride];
-  if (last > total)
-    return fa_fail(error, FA_ERR_VALUE, "%s: ends with %d, over the total length %lld", name, last, (long long)total);
-  return check_at_most(name, "sequence length", *longest, FA_LENGTH_MAX, error);
+  if (last > total) return fa_fail(error, FA_ERR_VALUE, "%s: ends with %d, over the total length %lld", name, last, (long long)total);
+  return fa_check_at_most(name, "sequence length", *longest, FA_LENGTH_MAX, error);
 }
 
 static fa_code check_used(const char *name, fa_ints used, const fa_problem *p, int is_q, fa_error *error) {
@@ -146,7 +131,8 @@ static fa_code check_used(const char *name, fa_ints used, const fa_problem *p, i
 
 static fa_code init_max(const char *name, int given, int64_t value, int64_t total, int longest, int packed, int on_cpu, int *length,
                         fa_error *error) {
-  if (given && !packed) return fa_fail(error, FA_ERR_VALUE, "%s: %lld is given, but the sequences are not packed (no cu_seqlens)", name, (long long)value);
+  if (given && !packed)
+    return fa_fail(error, FA_ERR_VALUE, "%s: %lld is given, but the sequences are not packed (no cu_seqlens)", name, (long long)value);
   if (!packed) return FA_OK;
   if (!given) {
     int64_t bound = on_cpu ? longest : total;
@@ -166,12 +152,13 @@ static fa_code init_lengths(fa_problem *p, const fa_request *r, fa_error *error)
   int has_q = fa_given(&l->cu_seqlens_q), has_k = fa_given(&l->cu_seqlens_k), on_cpu = p->device == FA_CPU;
   int longest_q = 0, longest_k = 0;
   if (has_q != has_k)
-    return fa_fail(error, FA_ERR_VALUE, "cu_seqlens_%s: is missing; packed sequences need both cu_seqlens_q and cu_seqlens_k", has_q ? "k" : "q");
+    return fa_fail(error, FA_ERR_VALUE, "cu_seqlens_%s: is missing; packed sequences need both cu_seqlens_q and cu_seqlens_k",
+                   has_q ? "k" : "q");
   p->lengths.packed = has_q;
   if (has_q) {
     TRY(check_ints("cu_seqlens_q", &l->cu_seqlens_q, -1, r, &p->lengths.cu_q, error));
     if (l->cu_seqlens_q.shape[0] < 1) return fa_fail(error, FA_ERR_VALUE, "cu_seqlens_q: is empty, must have batch + 1 entries");
-    TRY(check_at_most("cu_seqlens_q", "entries", l->cu_seqlens_q.shape[0], INT32_MAX, error));
+    TRY(fa_check_at_most("cu_seqlens_q", "entries", l->cu_seqlens_q.shape[0], INT32_MAX, error));
     TRY(check_ints("cu_seqlens_k", &l->cu_seqlens_k, l->cu_seqlens_q.shape[0], r, &p->lengths.cu_k, error));
     p->batch = (int)l->cu_seqlens_q.shape[0] - 1;
     if (on_cpu) {
@@ -193,153 +180,9 @@ static fa_code init_lengths(fa_problem *p, const fa_request *r, fa_error *error)
   return FA_OK;
 }
 
-/* An element-indexed tensor needs to know how large its last two axes are. */
-static fa_code check_bounds_given(const char *name, const fa_problem *p, fa_error *error) {
-  if (p->lengths.bounds_given) return FA_OK;
-  return fa_fail(error, FA_ERR_VALUE, "%s: needs max_seqlen_q and max_seqlen_k when the sequences are packed", name);
-}
-
-static int is_power_of_two(int64_t x) { return (x & (x - 1)) == 0; }
-
-/* The block size that a block count says: the power of two that fits both axes, else the only multiple of 64 that does. 0: none or
- * more than one. One block on an axis fits every size that covers the axis, all of them with the same meaning. */
-static int64_t infer_block_size(int64_t rows, int64_t columns, int64_t len_q, int64_t len_k) {
-  int64_t longest = len_q > len_k ? len_q : len_k, found = 0, fitting = 0;
-  for (int64_t size = 64; size < longest + 64; size += 64) {
-    if ((len_q + size - 1) / size != rows || (len_k + size - 1) / size != columns) continue;
-    if (is_power_of_two(size)) return size;
-    found = size;
-    fitting++;
-  }
-  /* Beyond the longest axis every size means the same: one block each. */
-  if (!fitting && rows == (len_q > 0) && columns == (len_k > 0)) return (longest + 127) / 64 * 64;
-  return fitting == 1 || (rows <= 1 && columns <= 1) ? found : 0;
-}
-
-static fa_code init_block_mask(fa_problem *p, const fa_request *r, fa_error *error) {
-  const fa_tensor *t = &r->visibility.block_mask;
-  int64_t size = r->visibility.block_size;
-  if (!fa_given(t)) {
-    if (size != 0) return fa_fail(error, FA_ERR_VALUE, "block_size: %lld is given without a block_mask", (long long)size);
-    return FA_OK;
-  }
-  TRY(fa_check_device("block_mask", t, &r->q, error));
-  TRY(fa_check_dtype("block_mask", t, FA_BOOL, FA_BOOL, error));
-  TRY(fa_check_rank("block_mask", t, 4, "(1 or batch, 1 or heads, query blocks, key blocks)", error));
-  TRY(check_bounds_given("block_mask", p, error));
-  if (size < 0 || size % 64 != 0) return fa_fail(error, FA_ERR_VALUE, "block_size: %lld must be a multiple of 64", (long long)size);
-  if (size == 0) size = infer_block_size(t->shape[2], t->shape[3], p->seqlen_q, p->seqlen_k);
-  if (size == 0)
-    return fa_fail(error, FA_ERR_VALUE,
-                   "block_mask: %lld x %lld blocks name no single multiple of 64 for seqlen_q %d and seqlen_k %d; pass (block_mask, block_size)",
-                   (long long)t->shape[2], (long long)t->shape[3], p->seqlen_q, p->seqlen_k);
-  size = size < FA_LENGTH_MAX ? size : FA_LENGTH_MAX;
-  int64_t full[4] = {p->batch, p->heads_q, (p->seqlen_q + size - 1) / size, (p->seqlen_k + size - 1) / size};
-  if (t->shape[2] != full[2] || t->shape[3] != full[3])
-    return fa_fail(error, FA_ERR_VALUE, "block_mask: %lld x %lld blocks, must be %lld x %lld for block size %lld", (long long)t->shape[2],
-                   (long long)t->shape[3], (long long)full[2], (long long)full[3], (long long)size);
-  p->visibility.block_size = (int)size;
-  TRY(fa_broadcast("block_mask", t, full, &p->visibility.block_mask, error));
-  p->visibility.block_mask.m = t->stride[2]; /* one block on an axis is not a broadcast */
-  p->visibility.block_mask.n = t->stride[3];
-  return FA_OK;
-}
-
-static fa_code window_bound(const char *side, int64_t bound, int *out, fa_error *error) {
-  *out = -1;
-  if (bound == FA_UNBOUNDED) return FA_OK;
-  if (bound < 0 || bound > INT32_MAX)
-    return fa_fail(error, FA_ERR_VALUE, "window: %s bound %lld must be None or in 0..%d", side, (long long)bound, INT32_MAX);
-  if (bound < FA_WINDOW_MAX) *out = (int)bound;
-  return FA_OK;
-}
-
-static fa_code init_visibility(fa_problem *p, const fa_request *r, fa_error *error) {
-  const fa_visibility *v = &r->visibility;
-  fa_rule *rule = &p->visibility.rule;
-  if (v->causal != FA_NOT_CAUSAL && v->causal != FA_BOTTOM_RIGHT && v->causal != FA_TOP_LEFT)
-    return fa_fail(error, FA_ERR_VALUE, "causal: %d is not one of the fa_causal values", (int)v->causal);
-  rule->causal = (int)v->causal;
-  rule->window_left = rule->window_right = -1;
-  if (v->has_window) {
-    TRY(window_bound("left", v->window_left, &rule->window_left, error));
-    TRY(window_bound("right", v->window_right, &rule->window_right, error));
-    if (rule->causal) rule->window_right = -1; /* causal is the right bound */
-  }
-  if (fa_given(&v->mask)) {
-    int64_t full[4] = {p->batch, p->heads_q, p->seqlen_q, p->seqlen_k};
-    TRY(fa_check_device("mask", &v->mask, &r->q, error));
-    TRY(fa_check_dtype("mask", &v->mask, FA_BOOL, FA_BOOL, error));
-    TRY(check_bounds_given("mask", p, error));
-    TRY(fa_broadcast("mask", &v->mask, full, &p->visibility.mask, error));
-  }
-  return init_block_mask(p, r, error);
-}
-
-static fa_code check_finite(const char *name, double value, fa_error *error) {
-  if (isfinite(value)) return FA_OK;
-  return fa_fail(error, FA_ERR_VALUE, "%s: %g must be finite", name, value);
-}
-
-static fa_code check_alibi(const char *name, const fa_tensor *t, const fa_problem *p, const fa_request *r, fa_per_head *out, fa_error *error) {
-  int64_t shape[2] = {p->batch, p->heads_q};
-  TRY(fa_check_device(name, t, &r->q, error));
-  TRY(fa_check_dtype(name, t, FA_F32, statistics_dtype(p->dtype), error));
-  if (t->ndim == 1)
-    TRY(fa_check_shape(name, t, 1, shape + 1, error));
-  else
-    TRY(fa_check_shape(name, t, 2, shape, error));
-  *out = (fa_per_head){t->data, t->dtype, t->ndim == 1 ? 0 : t->stride[0], t->stride[t->ndim - 1]};
-  return FA_OK;
-}
-
-static fa_code check_sinks(const char *name, const fa_tensor *t, const fa_problem *p, const fa_request *r, fa_per_head *out, fa_error *error) {
-  int64_t heads = p->heads_q;
-  TRY(fa_check_device(name, t, &r->q, error));
-  TRY(fa_check_dtype(name, t, p->dtype, FA_F32, error));
-  TRY(fa_check_shape(name, t, 1, &heads, error));
-  *out = (fa_per_head){t->data, t->dtype, 0, t->stride[0]};
-  return FA_OK;
-}
-
-static fa_code init_score(fa_problem *p, const fa_request *r, fa_error *error) {
-  const fa_score *s = &r->score;
-  if (s->has_scale) TRY(check_finite("scale", s->scale, error));
-  p->score.scale = s->has_scale ? s->scale : 1.0 / sqrt((double)p->dim_qk);
-  TRY(check_finite("softcap", s->softcap, error));
-  if (s->softcap < 0) return fa_fail(error, FA_ERR_VALUE, "softcap: %g must be 0 (none) or positive", s->softcap);
-  p->score.softcap = s->softcap;
-  if (fa_given(&s->bias)) {
-    int64_t full[4] = {p->batch, p->heads_q, p->seqlen_q, p->seqlen_k};
-    TRY(fa_check_device("bias", &s->bias, &r->q, error));
-    TRY(fa_check_dtype("bias", &s->bias, p->dtype, FA_F32, error));
-    TRY(check_bounds_given("bias", p, error));
-    TRY(fa_broadcast("bias", &s->bias, full, &p->score.bias, error));
-  }
-  if (fa_given(&s->alibi_slopes)) TRY(check_alibi("alibi_slopes", &s->alibi_slopes, p, r, &p->score.alibi, error));
-  if (fa_given(&s->sinks)) TRY(check_sinks("sinks", &s->sinks, p, r, &p->score.sinks, error));
-  return FA_OK;
-}
-
-static fa_code init_dropout(fa_problem *p, const fa_request *r, fa_error *error) {
-  const fa_dropout *d = &r->dropout;
-  int64_t two = 2;
-  if (!(d->p >= 0.0 && d->p < 1.0)) return fa_fail(error, FA_ERR_VALUE, "dropout_p: %g must be in [0, 1)", d->p);
-  p->dropout.p = d->p;
-  p->dropout.seed = d->seed;
-  p->dropout.offset = d->offset;
-  if (!fa_given(&d->state)) return FA_OK;
-  TRY(fa_check_device("rng_state", &d->state, &r->q, error));
-  TRY(fa_check_dtype("rng_state", &d->state, FA_I64, FA_I64, error));
-  TRY(fa_check_shape("rng_state", &d->state, 1, &two, error));
-  p->dropout.state = d->state.data;
-  p->dropout.state_stride = d->state.stride[0];
-  return FA_OK;
-}
-
 /* out, lse and their gradients: like q with dim_v, and one statistic a row. */
-static fa_code check_like_q(const char *name, const fa_tensor *t, const fa_tensor *like, int64_t dim, axes a, const fa_request *r, fa_view *view,
-                            fa_error *error) {
+static fa_code check_like_q(const char *name, const fa_tensor *t, const fa_tensor *like, int64_t dim, axes a, const fa_request *r,
+                            fa_view *view, fa_error *error) {
   int64_t shape[FA_MAX_DIMS];
   memcpy(shape, like->shape, sizeof shape);
   shape[a.d] = dim;
@@ -350,13 +193,15 @@ static fa_code check_like_q(const char *name, const fa_tensor *t, const fa_tenso
   return FA_OK;
 }
 
-static fa_code check_statistic(const char *name, const fa_tensor *t, const fa_problem *p, const fa_request *r, fa_view *view, fa_error *error) {
-  fa_dtype dtype = statistics_dtype(p->dtype);
+static fa_code check_statistic(const char *name, const fa_tensor *t, const fa_problem *p, const fa_request *r, fa_view *view,
+                               fa_error *error) {
+  fa_dtype dtype = fa_statistics_dtype(p->dtype);
   int64_t dense[3] = {p->batch, p->heads_q, p->seqlen_q}, packed[2] = {p->heads_q, p->total_q};
   TRY(fa_check_device(name, t, &r->q, error));
   TRY(fa_check_dtype(name, t, dtype, dtype, error));
   TRY(p->lengths.packed ? fa_check_shape(name, t, 2, packed, error) : fa_check_shape(name, t, 3, dense, error));
-  *view = p->lengths.packed ? (fa_view){t->data, 0, t->stride[0], t->stride[1], 0} : (fa_view){t->data, t->stride[0], t->stride[1], t->stride[2], 0};
+  *view = p->lengths.packed ? (fa_view){t->data, 0, t->stride[0], t->stride[1], 0}
+                            : (fa_view){t->data, t->stride[0], t->stride[1], t->stride[2], 0};
   return FA_OK;
 }
 
@@ -374,7 +219,7 @@ static fa_code init_outputs(fa_problem *p, const fa_request *r, axes a, fa_direc
   if (!fa_given(&r->probs)) return FA_OK;
   if (direction == FA_BACKWARD) return fa_fail(error, FA_ERR_VALUE, "probs: is an output of the forward pass only");
   int64_t shape[4] = {p->batch, p->heads_q, (p->seqlen_q + 127ll) / 128 * 128, (p->seqlen_k + 127ll) / 128 * 128};
-  TRY(check_bounds_given("probs", p, error));
+  TRY(fa_check_bounds_given("probs", p, error));
   TRY(fa_check_device("probs", &r->probs, &r->q, error));
   TRY(fa_check_dtype("probs", &r->probs, p->dtype, p->dtype, error));
   TRY(fa_check_shape("probs", &r->probs, 4, shape, error));
@@ -413,8 +258,8 @@ static fa_code init_gradients(fa_problem *p, const fa_request *r, axes a, int ne
     TRY(fa_check_device("dbias", &g->dbias, &r->q, error));
     TRY(fa_broadcast("dbias", &g->dbias, full, &p->grad.dbias, error));
   }
-  if (fa_given(&g->dalibi)) TRY(check_alibi("dalibi_slopes", &g->dalibi, p, r, &p->grad.dalibi, error));
-  if (fa_given(&g->dsinks)) TRY(check_sinks("dsinks", &g->dsinks, p, r, &p->grad.dsinks, error));
+  if (fa_given(&g->dalibi)) TRY(fa_check_alibi("dalibi_slopes", &g->dalibi, p, r, &p->grad.dalibi, error));
+  if (fa_given(&g->dsinks)) TRY(fa_check_sinks("dsinks", &g->dsinks, p, r, &p->grad.dsinks, error));
   return FA_OK;
 }
 
@@ -424,9 +269,9 @@ fa_code fa_problem_init(fa_problem *problem, const fa_request *request, fa_direc
   axes a = axes_of(request);
   TRY(init_tensors(&p, request, a, error));
   TRY(init_lengths(&p, request, error));
-  TRY(init_visibility(&p, request, error));
-  TRY(init_score(&p, request, error));
-  TRY(init_dropout(&p, request, error));
+  TRY(fa_init_visibility(&p, request, error));
+  TRY(fa_init_score(&p, request, error));
+  TRY(fa_init_dropout(&p, request, error));
   TRY(init_outputs(&p, request, a, direction, need_outputs, error));
   if (direction == FA_BACKWARD) TRY(init_gradients(&p, request, a, need_outputs, error));
   *problem = p;

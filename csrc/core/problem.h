@@ -19,9 +19,9 @@ typedef struct {
 typedef struct {
   void *data;
   fa_dtype dtype;
-  int64_t b, h, m, n;             /* strides in elements, 0 where broadcast */
+  int64_t b, h, m, n;              /* strides in elements, 0 where broadcast */
   int batch, heads, rows, columns; /* 1 where broadcast, else the full size: the shape of the gradient */
-} fa_grid;                        /* something indexed by (batch, head, query row or block, key column or block) */
+} fa_grid;                         /* something indexed by (batch, head, query row or block, key column or block) */
 
 typedef struct {
   void *data;
@@ -62,8 +62,8 @@ typedef struct {
   } score;
 
   struct {
-    int packed;                             /* 1: cu_q and cu_k are there and views count tokens */
-    int bounds_given;                       /* packed: both max_seqlen were given; else seqlen_* is the longest possible, total_* */
+    int packed;       /* 1: cu_q and cu_k are there and views count tokens */
+    int bounds_given; /* packed: both max_seqlen were given; else seqlen_* is the longest possible, total_* */
     fa_ints cu_q, cu_k, used_q, used_k;
   } lengths;
 
