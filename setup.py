@@ -7,6 +7,7 @@ compile csrc/ without Python.
 import glob
 import os
 import sysconfig
+from typing import ClassVar
 
 from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -58,11 +59,9 @@ fa_code fa_cuda_explain(const fa_problem *p, fa_direction d, char *t, size_t b, 
     _host = host_sources
     def host_sources(): return [*_host(), STAND_IN]
 # TEMPORARY-END
-
-
 class Embed(Command):
     description = f"write the kernel files into {EMBEDDED}"
-    user_options = []
+    user_options: ClassVar[list] = []
 
     def initialize_options(self) -> None:
         pass

@@ -58,5 +58,5 @@ def run(options: argparse.Namespace) -> None:
     print(f"\nWorst error over {len(cases)} cases, as a multiple of the unfused formula's:")
     print_table(["dtype", *names], [[dtype, *(worst.get((dtype, name), (None,))[0] for name in names)] for dtype in DTYPES])
     rows = [{"dtype": dtype, "tensor": name, "ratio": ratio, "case": case} for (dtype, name), (ratio, case) in worst.items()]
-    path = save_json("accuracy" if options.device == "cpu" else "accuracy_gpu", facts, rows, cases=len(cases))
-    print(f"wrote {path.parent.name}/{path.name}")
+    path = save_json(options.out, "accuracy" if options.device == "cpu" else "accuracy_gpu", facts, rows, cases=len(cases))
+    print("wrote", path)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from pathlib import Path
 
 import torch
 
 import accuracy
 import host
 import speed
+
+RESULTS = Path(os.path.relpath(Path(__file__).parent / "results"))
 
 # command -> what it answers, its options, what runs it, the device it needs
 COMMANDS = {
@@ -25,7 +29,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (answers, add_options, _, _) in COMMANDS.items():
-        add_options(commands.add_parser(name, help=answers, description=answers, formatter_class=argparse.ArgumentDefaultsHelpFormatter))
+        command = commands.add_parser(name, help=answers, description=answers, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON and the picture")
+        add_options(command)
     options = parser.parse_args(arguments)
     _, _, run, needs = COMMANDS[options.command]
     if needs == "cuda" and not torch.cuda.is_available():

@@ -52,5 +52,5 @@ def run(options: argparse.Namespace) -> None:
     table = {(row["call"], row["kind"]): row["microseconds"] for row in rows}
     print(f"\nMicroseconds a call, median of {options.rounds} rounds, tensors of {SHAPE}:")
     print_table(["call", *kinds], [[name, *(table[name, kind] for kind in kinds)] for name in names])
-    path = save_json("host" if options.device == "cpu" else "host_gpu", facts, rows)
-    print(f"wrote {path.parent.name}/{path.name}")
+    path = save_json(options.out, "host" if options.device == "cpu" else "host_gpu", facts, rows)
+    print("wrote", path)

@@ -6,7 +6,6 @@ import json
 import math
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple")
 
 
@@ -27,9 +26,9 @@ def cell(value: object) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def save_json(name: str, machine: dict, rows: list[dict], **more: object) -> Path:
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def save_json(folder: Path, name: str, machine: dict, rows: list[dict], **more: object) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     lines = ",\n".join(f"    {json.dumps(row)}" for row in rows)
     head = json.dumps({"machine": machine, **more}, indent=2)
     path.write_text(f'{head[:-2]},\n  "rows": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
@@ -40,7 +39,7 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def draw_rates(name: str, title: str, rows: list[dict], rivals: list[str], unit: str, limits: dict[str, float]) -> Path:
+def draw_rates(folder: Path, name: str, title: str, rows: list[dict], rivals: list[str], unit: str, limits: dict[str, float]) -> Path:
     """A grid of panels: dtypes down, directions and dims across; in each the rate of every rival over the sequence length."""
     import matplotlib
 
@@ -62,7 +61,7 @@ def draw_rates(name: str, title: str, rows: list[dict], rivals: list[str], unit:
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     figure.suptitle(title, fontsize=11)
-    path = RESULTS / f"{name}.png"
+    path = folder / f"{name}.png"
     figure.savefig(path, dpi=100)
     plt.close(figure)
     return path

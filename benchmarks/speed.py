@@ -99,9 +99,9 @@ def run(name: str, options: argparse.Namespace, rivals: dict, directions: list[s
     titles = [f"{c} {unit_name}" if c in rivals else {"matmul_share": "share of matmul"}.get(c, c) for c in columns]
     print_table(titles, [[row.get(c) for c in columns] for row in rows])
     print_means(rows, limits, unit_name)
-    paths = [save_json(name, facts, rows, unit=unit_name, matmul=limits)]
-    paths.append(draw_rates(name, f"Attention on {describe(facts)}", rows, list(rivals), unit_name, limits))
-    print("wrote", ", ".join(f"{path.parent.name}/{path.name}" for path in paths))
+    paths = [save_json(options.out, name, facts, rows, unit=unit_name, matmul=limits)]
+    paths.append(draw_rates(options.out, name, f"Attention on {describe(facts)}", rows, list(rivals), unit_name, limits))
+    print("wrote", *paths)
 
 
 def print_means(rows: list[dict], limits: dict[str, float], unit_name: str) -> None:

@@ -114,7 +114,7 @@ typedef struct {
 
 /* What an engine needs from its caller. All zero for the CPU. */
 typedef struct {
-  void *stream;                                /* CUstream of q's device */
+  void *stream;                                  /* CUstream of q's device */
   void *(*alloc)(void *alloc_ctx, size_t bytes); /* device workspace, 256-byte aligned, alive until the stream has passed this call */
   void *alloc_ctx;
 } fa_context;

@@ -24,7 +24,7 @@ TEXT = Path(__file__).parent / "data" / "king_james.txt"
 
 # Sizes that fit the device: the CPU column trains in about a minute on two cores.
 DEFAULTS = {
-    "cpu": dict(steps=300, batch=4, seqlen=512, layers=4, heads=4, dim=128),
+    "cpu": dict(steps=250, batch=4, seqlen=512, layers=4, heads=4, dim=128),
     "cuda": dict(steps=600, batch=16, seqlen=1024, layers=6, heads=6, dim=384),
 }
 

@@ -69,5 +69,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-if "torch" in sys.modules:
+if sys.modules.get("torch") is not None:
     importlib.import_module(".autograd", __name__)  # registers the custom ops, so that saved graphs and policies find them

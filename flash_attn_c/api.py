@@ -8,13 +8,12 @@ This file turns keyword arguments into the two tuples that the rest of the packa
 and hands them to the front of q's type, which allocates the outputs and crosses into C. Arguments are checked there, in one place.
 """
 
-import importlib
 import json
 import sys
 from typing import Any
 
 # A type of q -> the module that computes on it. Filled as types are met, so that a call finds its front by one lookup.
-_FRONTS: dict[type, Any] = {}
+FRONTS: dict[type, Any] = {}
 
 NO_TENSORS: tuple[None, ...] = (None,) * 9
 
@@ -62,7 +61,7 @@ def attention(
         block_mask, block_size = _split_block_mask(block_mask)
         tensors = (bias, mask, alibi_slopes, sinks, block_mask, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     options = (causal, window, scale, softcap, dropout_p, block_size, max_seqlen_q, max_seqlen_k, layout, deterministic)
-    front = _FRONTS.get(type(q)) or _find_front(q)
+    front = FRONTS.get(type(q)) or _find_front(q)
     return front.attention(q, k, v, tensors, options, return_lse)
 
 
@@ -99,7 +98,7 @@ def explain(
     block_mask, block_size = _split_block_mask(block_mask)
     tensors = (bias, mask, alibi_slopes, sinks, block_mask, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     options = (causal, window, scale, softcap, dropout_p, block_size, max_seqlen_q, max_seqlen_k, layout, deterministic)
-    front = _FRONTS.get(type(q)) or _find_front(q)
+    front = FRONTS.get(type(q)) or _find_front(q)
     front.check(q, k, v, tensors)
     from . import _C
 
@@ -136,7 +135,7 @@ def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, *, layout: str = "bshd
     Takes and returns (out, lse) as `attention` gives them. A row that saw no key (lse -inf) on one side takes the other side's value,
     on both sides stays 0. Differentiable in all four arguments.
     """
-    front = _FRONTS.get(type(out_a)) or _find_front(out_a, "out_a")
+    front = FRONTS.get(type(out_a)) or _find_front(out_a, "out_a")
     _check_merge(front, out_a, lse_a, out_b, lse_b, layout)
     xp = front.array_module
     # Subtracting the larger lse only guards exp against overflow: the value does not depend on it, so it carries no gradient.
@@ -193,15 +192,15 @@ def _split_block_mask(block_mask: Any) -> tuple[Any, Any]:
 
 def _find_front(q: Any, name: str = "q") -> Any:
     """The front for an object of a type not met before. torch is looked at only where somebody has imported it."""
-    front = None
+    front: Any = None
     torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
     if torch is not None and isinstance(q, torch.Tensor):
-        front = importlib.import_module(".autograd", __package__)
+        from . import autograd as front
     elif numpy is not None and isinstance(q, numpy.ndarray):
-        front = importlib.import_module(".numpy_front", __package__)
+        from . import numpy_front as front
     if front is None:
         raise TypeError(f"{name}: expected a torch tensor or a NumPy array, got {type(q).__name__}")
-    _FRONTS[type(q)] = front
+    FRONTS[type(q)] = front
     return front
 
 

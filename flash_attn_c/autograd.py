@@ -3,16 +3,19 @@ for; every other call (torch.compile, fake tensors, dispatch modes, function tra
 ops of ops.py, where torch can see it. Both paths save the same tensors and give the same numbers.
 """
 
+import sys
 from typing import Any
 
 import torch
 from torch.autograd import Function, forward_ad
 
-from . import calls, ops
-from .api import NO_TENSORS
+from . import calls, checks, ops
+from .api import FRONTS, NO_TENSORS
+from .torch_impl import register_torch_impl
 
 array_module = torch
 tensor_type = torch.Tensor
+check = checks.check
 
 _is_compiling = torch.compiler.is_compiling
 _is_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -123,23 +126,20 @@ class _Attention(Function):
 _apply = super(Function, _Attention).apply
 
 
-def gradients(dout: Any, dlse: Any, inputs: tuple, tensors: tuple, options: tuple, wanted: tuple, grads: tuple | None = None) -> tuple:
-    """(dq, dk, dv, dbias, dalibi_slopes, dsinks), None where not wanted, written into `grads` where the caller has made room."""
-    if torch.is_grad_enabled():  # create_graph=True: allowed, as long as nobody differentiates through what comes back
-        found = _Gradients.apply(dout, dlse, *inputs, *tensors, options, wanted)
-    elif not is_direct(dout, inputs[0], inputs[1], (dlse, *inputs[2:], *tensors)):
-        found = ops.bwd(dout, dlse, inputs, tensors, options, wanted)
-    else:
-        if grads is None:
-            grads = calls.allocate_gradients((*inputs[:3], tensors[0], tensors[2], tensors[3]), wanted)
+def gradients(dout: Any, dlse: Any, inputs: tuple, tensors: tuple, options: tuple, wanted: tuple) -> tuple:
+    """inputs = (q, k, v, out, lse). Returns (dq, dk, dv, dbias, dalibi_slopes, dsinks), None where not wanted."""
+    if backward_is_direct(dout, dlse, inputs, tensors):
+        grads = calls.allocate_gradients((*inputs[:3], tensors[0], tensors[2], tensors[3]), wanted)
         calls.backward(dout, dlse, inputs, tensors, options, grads)
         return grads
-    if grads is None:
-        return tuple(value if want else None for value, want in zip(found, wanted, strict=True))
-    for room, value in zip(grads, found, strict=True):
-        if room is not None:
-            room.copy_(value)
-    return grads
+    # With create_graph=True the pass becomes a node itself: allowed, as long as nobody differentiates through what comes back.
+    backward = _Gradients.apply if _is_grad_enabled() else _Gradients.forward
+    found = backward(dout, dlse, *inputs, *tensors, options, wanted)
+    return tuple(grad if want else None for grad, want in zip(found, wanted, strict=True))
+
+
+def backward_is_direct(dout: Any, dlse: Any, inputs: tuple, tensors: tuple) -> bool:
+    return not _is_grad_enabled() and is_direct(dout, inputs[0], inputs[1], (dlse, *inputs[2:], *tensors))
 
 
 class _Gradients(Function):
@@ -148,7 +148,7 @@ class _Gradients(Function):
     @staticmethod
     def forward(*args: Any) -> tuple:
         dout, dlse, *tensors, options, wanted = args
-        return torch.ops.flash_attn_c.bwd(dout, dlse, *tensors, *ops.to_schema(options), wanted)
+        return ops.bwd(dout, dlse, tensors, options, wanted)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -187,7 +187,8 @@ def _wanted(needs: tuple) -> tuple:
 
 
 def _through_dispatcher(q: Any, k: Any, v: Any, tensors: tuple, options: tuple, return_lse: bool, return_probs: bool) -> Any:
-    check(q, k, v, tensors)
+    if not _is_compiling():
+        checks.check(q, k, v, tensors)
     q, k, v = autocast(q, k, v)
     rng_state = random_state(q) if options[4] else None
     if not _is_compiling() and _is_deterministic():
@@ -204,54 +205,13 @@ def _through_dispatcher(q: Any, k: Any, v: Any, tensors: tuple, options: tuple, 
     return (out, lse) if return_lse else out
 
 
-def check(q: Any, k: Any, v: Any, tensors: tuple) -> None:
-    """Refuses by name what is no tensor of numbers in memory, and what no kernel here understands."""
-    if _is_compiling():
-        return
-    for name, tensor in zip(("q", "k", "v", *calls.NAMES[:9]), (q, k, v, *tensors), strict=True):
-        if tensor is not None:
-            _check_tensor(name, tensor)
-    _check_transform()
-
-
-def _check_tensor(name: str, tensor: Any) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name}: expected a torch tensor like q, got {type(tensor).__name__}")
-    if tensor.is_nested:
-        raise NotImplementedError(f"{name}: is a nested tensor; pass packed sequences with cu_seqlens_q and cu_seqlens_k")
-    kinds = {cls.__name__ for cls in type(tensor).__mro__}
-    if "DTensor" in kinds:
-        raise NotImplementedError(f"{name}: is a DTensor; call on its local tensor, DTensor.to_local()")
-    if tensor.is_quantized:
-        raise TypeError(f"{name}: is quantized ({tensor.dtype}); dequantize it first")
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"{name}: layout {tensor.layout} must be torch.strided; use to_dense() first")
-    if tensor.is_complex():
-        raise TypeError(f"{name}: dtype {tensor.dtype} must be real")
-    if tensor.is_neg():
-        raise TypeError(f"{name}: is a negated view; use resolve_neg() first")
-    if "FakeTensor" in kinds and not _dispatch_modes():
-        raise TypeError(f"{name}: is a fake tensor outside its FakeTensorMode; it has no data")
-    if tensor.device.type == "meta" and "FakeTensor" not in kinds and "FunctionalTensor" not in kinds:
-        raise TypeError(f"{name}: is on the meta device; it has no data")
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
-        raise NotImplementedError(f"{name}: forward-mode differentiation (jvp) is not implemented; use reverse mode")
-
-
-def _check_transform() -> None:
-    interpreter: Any = torch._C._functorch.peek_interpreter_stack()
-    if interpreter is None:
-        return
-    kind = interpreter.key()
-    if kind == torch._C._functorch.TransformType.Vmap:
-        raise NotImplementedError("flash_attn_c: torch.vmap over attention is not implemented; use the batch and head dimensions")
-    if kind == torch._C._functorch.TransformType.Jvp:
-        raise NotImplementedError("flash_attn_c: forward-mode differentiation (jvp) is not implemented; use reverse mode")
-
-
 def constant(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach()
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype)
+
+
+FRONTS.update(dict.fromkeys(_PLAIN_TYPES, sys.modules[__name__]))  # so that torch.compile need not trace the search for a front
+register_torch_impl()  # an offer: torch's own kernels stay in place until the user activates it

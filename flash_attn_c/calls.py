@@ -7,24 +7,33 @@ from typing import Any
 
 import torch
 
-from . import _C
+from . import _C, checks
 
 _empty_like, _float32, _float64 = torch.empty_like, torch.float32, torch.float64
 
 NO_TENSORS: tuple[None, ...] = (None,) * 11
 
-# The tensor arguments of the C entry after q, k and v, as the user names them.
-NAMES = ("bias", "mask", "alibi_slopes", "sinks", "block_mask", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "rng_state")
-
 
 def forward(q: Any, k: Any, v: Any, tensors: tuple, options: tuple) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs the forward pass now; returns (out, lse)."""
+    causal, window, scale, softcap, dropout_p, block_size, max_q, max_k, layout, deterministic = options
     try:
-        out, lse = allocate(q, k, v, options[8])
-    except (IndexError, ValueError):
-        refuse(q, k, v, tensors, options)
+        out, lse = allocate(q, k, v, layout)
+    except (TypeError, ValueError, IndexError, NotImplementedError):
+        explain_refusal(q, k, v, tensors, options)
         raise
-    _C.forward(q, k, v, out, lse, *tensors, *options, None if q.is_cpu else workspace)
+    # fmt: off
+    try:
+        if tensors is NO_TENSORS:  # spelled out: unpacking it costs a tenth of the host time of a small call
+            _C.forward(q, k, v, out, lse, None, None, None, None, None, None, None, None, None, None, None,
+                       causal, window, scale, softcap, dropout_p, block_size, max_q, max_k, layout, deterministic,
+                       None if q.is_cpu else workspace)
+        else:
+            _C.forward(q, k, v, out, lse, *tensors, *options, None if q.is_cpu else workspace)
+    except TypeError:
+        checks.check(q, k, v, tensors[:9])  # may know better words for what C could not read
+        raise
+    # fmt: on
     return out, lse
 
 
@@ -44,14 +53,13 @@ def backward(
 
 def allocate(q: Any, k: Any, v: Any, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
     """out with the layout of q, and lse. Raises ValueError or IndexError where the shapes leave no answer."""
-    *rows, dim = q.shape
-    if len(rows) == 3:
-        batch, seqlen, heads = rows
-        rows = (batch, heads, seqlen) if layout == "bshd" else rows
+    if q.dim() == 4:
+        batch, seqlen, heads, dim = q.shape
+        rows: tuple = (batch, heads, seqlen) if layout == "bshd" else (batch, seqlen, heads)
     else:
-        total, heads = rows
+        total, heads, dim = q.shape
         rows = (heads, total)
-    dim_v = v.shape[-1]
+    dim_v = v.size(-1)
     out = _empty_like(q) if dim_v == dim else empty_like_with_dim(q, dim_v)
     dtype = q.dtype
     # new_empty is the cheapest constructor while it may keep the dtype, which shows on small tensors.
@@ -86,10 +94,10 @@ def workspace(size_bytes: int, device_index: int) -> torch.Tensor:
     return torch.empty(size_bytes, dtype=torch.uint8, device=torch.device("cuda", device_index))
 
 
-def refuse(q: Any, k: Any, v: Any, tensors: tuple, options: tuple) -> None:
-    """Shapes that leave no shape for the outputs: the validator says what is wrong with them."""
+def explain_refusal(q: Any, k: Any, v: Any, tensors: tuple, options: tuple) -> None:
+    """No outputs could be made: says why in the user's names, by the kind of tensor, then by the validator's rules."""
+    checks.check(q, k, v, tensors[:9])
     _C.explain(q, k, v, None, None, *tensors[:9], (0, 0), None, *options, False)
-    raise TypeError(f"q: expected 4 dimensions, or 3 for packed sequences, got {q.ndim}")
 
 
 def _up128(length: int) -> int:

@@ -209,11 +209,15 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Any, dlse: Any) -> tuple:
         q, packed, out, lse, *tensors = ctx.saved_tensors
         needs_q, _, needs_alibi = ctx.needs_input_grad[:3]
-        dpacked = torch.empty_like(packed)
-        dq, dk, dv = _split(torch.empty_like(q) if needs_q else None, dpacked) if q is None or needs_q else (None, *dpacked.unbind(-3))
-        dalibi = torch.empty_like(tensors[2]) if needs_alibi else None
-        grads = (dq, dk, dv, None, dalibi, None)
+        inputs = (*_split(q, packed), out, lse)
         dout = torch.zeros_like(out) if dout is None else dout
-        wanted = tuple(grad is not None for grad in grads)
-        autograd.gradients(dout, dlse, (*_split(q, packed), out, lse), tuple(tensors), ctx.options, wanted, grads)
+        if not autograd.backward_is_direct(dout, dlse, inputs, tuple(tensors)):
+            wanted = (q is None or needs_q, True, True, False, needs_alibi, False)
+            dq, dk, dv, _, dalibi, _ = autograd.gradients(dout, dlse, inputs, tuple(tensors), ctx.options, wanted)
+            return dq if q is not None else None, torch.stack([dq, dk, dv] if q is None else [dk, dv], -3), dalibi, None, None
+        dpacked = torch.empty_like(packed)
+        *of_query, dk, dv = dpacked.unbind(-3)
+        dq = of_query[0] if q is None else torch.empty_like(q) if needs_q else None
+        dalibi = torch.empty_like(tensors[2]) if needs_alibi else None
+        calls.backward(dout, dlse, inputs, tuple(tensors), ctx.options, (dq, dk, dv, None, dalibi, None))
         return dq if q is not None else None, dpacked, dalibi, None, None

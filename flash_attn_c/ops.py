@@ -43,9 +43,9 @@ def fwd(q: Any, k: Any, v: Any, tensors: tuple, options: tuple, return_probs: bo
     return torch.ops.flash_attn_c.fwd(q, k, v, *tensors, *to_schema(options), return_probs)
 
 
-def bwd(dout: Any, dlse: Any, inputs: tuple, tensors: tuple, options: tuple, wanted: tuple) -> tuple[torch.Tensor | None, ...]:
-    grads = torch.ops.flash_attn_c.bwd(dout, dlse, *inputs, *tensors, *to_schema(options), wanted)
-    return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))
+def bwd(dout: Any, dlse: Any, tensors: list, options: tuple, wanted: tuple) -> tuple[torch.Tensor, ...]:
+    """tensors = (q, k, v, out, lse) and what fwd takes behind v. A gradient that is not wanted comes back empty."""
+    return torch.ops.flash_attn_c.bwd(dout, dlse, *tensors, *to_schema(options), wanted)
 
 
 def to_schema(options: tuple) -> tuple:

@@ -9,6 +9,7 @@ changes before. They have the signatures of those operators.
 from typing import Any
 
 import torch
+import torch.nn.attention
 from torch import Tensor
 
 from . import calls
@@ -166,12 +167,10 @@ def _refuse(*, return_debug_mask: bool = False, block_table: Any = None) -> None
 
 def _rng_state(query: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
     """(seed, offset), and the second tensor that torch's operators return beside it, which this library does not need."""
-    shape = (2,)
-    state = (
-        torch.randint(0, 2**63 - 1, shape, dtype=torch.int64, device=query.device)
-        if dropout_p
-        else torch.zeros(shape, dtype=torch.int64, device=query.device)
-    )
+    if dropout_p:
+        state = torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=query.device)
+    else:
+        state = torch.zeros(2, dtype=torch.int64, device=query.device)
     return state, torch.empty((), dtype=torch.uint64, device=query.device)
 
 

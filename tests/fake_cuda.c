@@ -9,7 +9,8 @@ enum { MOST = 64 };
 static struct {
   const char *name;
   long long value;
-} values[MOST] = {{"driver_version", 13000}, {"cc_major", 9}, {"cc_minor", 0}, {"smem", 232448}, {"devices", 2}, {"static_smem", 1024}};
+} values[MOST] = {{"driver_version", 13000}, {"cc_major", 9}, {"cc_minor", 0},      {"smem", 232448},
+                  {"sm_count", 132},         {"devices", 2},  {"static_smem", 1024}};
 
 static long long *slot(const char *name) {
   int i = 0;
@@ -66,9 +67,9 @@ CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice
   switch (attribute) {
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = (int)fake_get("cc_major"); break;
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = (int)fake_get("cc_minor"); break;
-    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = 132; break;
+    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = (int)fake_get("sm_count"); break;
     case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = (int)fake_get("smem"); break;
-    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: *value = 233472; break;
+    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: *value = (int)fake_get("smem") + 1024; break;
     case CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_MULTIPROCESSOR: *value = 65536; break;
     case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR: *value = 2048; break;
     case CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE: *value = 50 << 20; break;

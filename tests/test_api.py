@@ -31,13 +31,14 @@ def signatures() -> dict[str, str]:
     found = {}
     for name in flash_attn_c.__all__:
         value = getattr(flash_attn_c, name)
-        parameters = inspect.signature(value).parameters.values()
-        found[name] = ", ".join(str(p.replace(annotation=p.empty)) if p.kind != p.KEYWORD_ONLY else f"*{p.name}={p.default!r}" for p in parameters)
+        signature = inspect.signature(value)
+        plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+        found[name] = str(signature.replace(parameters=plain, return_annotation=signature.empty))
     return found
 
 
 def test_public_signatures_are_the_recorded_ones():
-    assert signatures() == json.loads(RECORD.read_text()), f"if the change is meant: PYTHONPATH=. python tests/test_api.py record"
+    assert signatures() == json.loads(RECORD.read_text()), "if the change is meant: PYTHONPATH=. python tests/test_api.py record"
 
 
 def test_every_public_name_is_listed_and_there():
@@ -52,7 +53,7 @@ def test_import_loads_neither_torch_nor_numpy():
 
 
 def test_numpy_call_does_not_load_torch():
-    code = "import sys, numpy as np, flash_attn_c as f; x = np.ones((1, 2, 1, 4), np.float32); f.attention(x, x, x); print('torch' in sys.modules)"
+    code = "import sys, numpy as np, flash_attn_c as f; x = np.ones((1, 2, 1, 4)); f.attention(x, x, x); print('torch' in sys.modules)"
     assert run_python(code) == "False"
 
 
@@ -84,7 +85,10 @@ def test_explain_refuses_what_attention_refuses():
         flash_attn_c.explain(q, q[:, :, :3], q[:, :, :3])
 
 
-@pytest.mark.parametrize("shapes", [((5,), (5,), (5,)), ((2, 5, 4), (2, 5, 4, 8), (2, 5, 4, 8)), ((2, 5, 4, 8), (2, 5, 4, 8), ()), ((1, 1, 2, 5, 4),) * 3])
+ODD_RANKS = [((5,),) * 3, ((2, 5, 4), (2, 5, 4, 8), (2, 5, 4, 8)), ((2, 5, 4, 8), (2, 5, 4, 8), ()), ((1, 1, 2, 5, 4),) * 3]
+
+
+@pytest.mark.parametrize("shapes", ODD_RANKS)
 @pytest.mark.parametrize("kind", ["torch", "numpy"])
 def test_ranks_that_leave_no_output_shape_are_refused_by_name(shapes, kind):
     tensors = [rand(shape, dtype=torch.float32) for shape in shapes]

@@ -7,14 +7,14 @@ import sys
 import sysconfig
 import weakref
 
+import flash_attn_c
 import numpy as np
 import pytest
 import torch
+from flash_attn_c import _C
 from torch._subclasses import FakeTensorMode
 
 import binding
-import flash_attn_c
-from flash_attn_c import _C
 
 MODULE = pathlib.Path(_C.__file__)
 
@@ -203,7 +203,7 @@ def test_refused_tensors(name, make, error, words):
 @pytest.mark.parametrize("view", [lambda t: torch._neg_view(t), lambda t: torch.complex(t, t).conj().imag], ids=["neg", "conj"])
 def test_lazily_negated_tensors_are_refused_by_the_front(view):
     request = call()
-    with pytest.raises((TypeError, NotImplementedError), match="^k: "):
+    with pytest.raises((TypeError, NotImplementedError), match=r"^k: "):
         flash_attn_c.attention(request["q"], view(request["k"]), request["v"])
 
 
@@ -215,7 +215,7 @@ def test_the_producer_is_quoted():
         def __dlpack_device__(self):
             return (1, 0)
 
-    with pytest.raises(TypeError, match="^k: .*no such memory") as caught:
+    with pytest.raises(TypeError, match=r"^k: .*no such memory") as caught:
         binding.raw_forward(call(k=Broken()))
     assert isinstance(caught.value.__cause__, BufferError)
 
@@ -243,7 +243,7 @@ def test_a_used_capsule_is_refused():
             return (1, 0)
 
     binding.raw_forward(call(k=Once()))
-    with pytest.raises(TypeError, match="^k: .*no fresh DLPack capsule"):
+    with pytest.raises(TypeError, match=r"^k: .*no fresh DLPack capsule"):
         binding.raw_forward(call(k=Once()))
 
 
@@ -252,7 +252,7 @@ def test_a_foreign_device_is_refused():
         def __dlpack_device__(self):
             return (2, 0)
 
-    with pytest.raises(NotImplementedError, match="^q: .*exchange table"):
+    with pytest.raises(NotImplementedError, match=r"^q: .*exchange table"):
         binding.raw_forward(call(q=Elsewhere(np.zeros((2, 5, 2, 8), "f4"))))
 
 

@@ -2,23 +2,23 @@
 
 import concurrent.futures
 import gc
+import json
 import os
 import pathlib
 import subprocess
 import sys
 import threading
 import time
-import tracemalloc
 
+import flash_attn_c
 import numpy as np
 import pytest
 import torch
-
-import binding
-import flash_attn_c
 from flash_attn_c import _C
 
-SECONDS = 60  # what hangs is ended after this
+import binding
+
+SECONDS = 30  # what hangs is ended after this
 
 
 def inputs(seqlen=300, heads=4, dim=32, seed=0):
@@ -84,17 +84,23 @@ def test_torch_set_num_threads_is_honoured(thread_count):
         assert (plan.threads, plan.thread_source) == (count, "torch")
 
 
-def test_two_threads_work_at_a_time():
-    """CPU seconds over wall seconds exceed one only when two threads compute. Other load may hide it, so the best of several runs counts."""
+def cpu_nanoseconds():
+    """CPU time so far of each thread of this process. Unlike wall time, other processes do not disturb it."""
+    tasks = {}
+    for task in pathlib.Path("/proc/self/task").iterdir():
+        tasks[task.name] = int((task / "schedstat").read_text().split()[0])
+    return tasks
+
+
+def test_two_threads_share_the_work():
     if len(os.sched_getaffinity(0)) < 2 or torch.get_num_threads() < 2:
         pytest.skip("one CPU")
-    q, k, v = inputs(seqlen=1500)
-    best = 0.0
-    for _ in range(8):
-        wall, cpu = time.perf_counter(), time.process_time()
+    q, k, v = inputs(seqlen=2000)
+    before = cpu_nanoseconds()
+    for _ in range(3):
         flash_attn_c.attention(q, k, v)
-        best = max(best, (time.process_time() - cpu) / (time.perf_counter() - wall))
-    assert best > 1.2, best
+    gained = sorted(spent - before.get(task, 0) for task, spent in cpu_nanoseconds().items())
+    assert gained[-2] > 0.3 * gained[-1], gained[-3:]
 
 
 def test_several_python_threads_at_once():
@@ -124,7 +130,11 @@ def test_the_gil_is_released():
 
 
 def test_own_pool_without_torch():
-    code = WITHOUT_TORCH + 'attention(q, q, q); cpu = json.loads(_C.describe())["cpu"]; print(cpu["thread_source"], cpu["threads"], threads())'
+    code = WITHOUT_TORCH + """
+attention(q, q, q)
+cpu = json.loads(_C.describe())["cpu"]
+print(cpu["thread_source"], cpu["threads"], threads())
+"""
     source, count, threads = python(code, FLASH_ATTN_C_NUM_THREADS="3", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     assert (source, count, threads) == ("own", "3", "3")
 
@@ -181,30 +191,36 @@ def in_child(work):
 
 
 def forward_only(q, k, v):
-    request = binding.allocate(binding.complete({"q": q, "k": k, "v": v, "causal": True}))
-    binding.raw_forward(request)
-    return request["out"]
+    """One call and nothing of torch's own, whose parallel loops hang in a forked child."""
+    out = np.full_like(q, np.nan)
+    lse = np.full((q.shape[0], q.shape[2], q.shape[1]), np.nan, "f4")
+    binding.raw_forward({"q": q, "k": k, "v": v, "causal": True, "out": out, "lse": lse})
+    return out
+
+
+def arrays(**shape):
+    return [t.numpy() for t in inputs(**shape)]
 
 
 def test_fork_after_threads_ran():
-    q, k, v = inputs()
+    q, k, v = arrays()
     expected = forward_only(q, k, v)
 
     def work():
-        assert torch.equal(forward_only(q, k, v), expected)
-        plan = flash_attn_c.explain(q, k, v)
-        assert plan.thread_source == "own" and plan.threads == torch.get_num_threads()
+        assert np.array_equal(forward_only(q, k, v), expected)
+        cpu = json.loads(_C.describe())["cpu"]
+        assert (cpu["thread_source"], cpu["threads"]) == ("own", torch.get_num_threads())
 
     assert in_child(work) == 0
-    assert torch.equal(forward_only(q, k, v), expected)
+    assert np.array_equal(forward_only(q, k, v), expected)
 
 
 def test_fork_of_a_fork():
-    q, k, v = inputs()
+    q, k, v = arrays()
     expected = forward_only(q, k, v)
 
     def check():
-        assert torch.equal(forward_only(q, k, v), expected)
+        assert np.array_equal(forward_only(q, k, v), expected)
 
     def work():
         check()
@@ -225,19 +241,23 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def test_fork_while_another_thread_computes():
-    q, k, v = inputs(seqlen=1000)
-    expected = forward_only(*inputs())
+    q, k, v = arrays(seqlen=1000)
+    small = arrays()
+    expected = forward_only(*small)
     stop = threading.Event()
 
     def busy():
         while not stop.is_set():
             forward_only(q, k, v)
 
+    def check():
+        assert np.array_equal(forward_only(*small), expected)
+
     thread = threading.Thread(target=busy)
     thread.start()
     try:
         for _ in range(5):
-            assert in_child(lambda: torch.equal(forward_only(*inputs()), expected) or os._exit(2)) == 0
+            assert in_child(check) == 0
     finally:
         stop.set()
         thread.join()
@@ -248,11 +268,11 @@ class Attending(torch.utils.data.Dataset):
         return 4
 
     def __getitem__(self, i):
-        return forward_only(*inputs(seed=i))
+        return torch.from_numpy(forward_only(*arrays(seed=i)))
 
 
 def test_data_loader_workers():
-    expected = [forward_only(*inputs(seed=i)) for i in range(4)]
+    expected = [torch.from_numpy(forward_only(*arrays(seed=i))) for i in range(4)]
     loader = torch.utils.data.DataLoader(Attending(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=SECONDS)
     assert_same(list(loader), expected)
 
@@ -279,7 +299,13 @@ print("ImportError" in str(error) or "subinterpreter" in str(error))
 
 
 def test_import_twice_is_one_module():
-    code = "import flash_attn_c._C as a, sys; del sys.modules['flash_attn_c._C']; import flash_attn_c._C as b; print(a.describe() == b.describe())"
+    code = """
+import sys
+import flash_attn_c._C as first
+del sys.modules["flash_attn_c._C"]
+import flash_attn_c._C as second
+print(first.describe() == second.describe())
+"""
     assert python(code) == ["True"]
 
 
@@ -304,25 +330,26 @@ def refused_calls():
     return [base | change for change in changes]
 
 
-def test_refusals_leave_no_memory():
-    calls = refused_calls()
-
-    def refuse_all():
+def refuse(calls, times):
+    for _ in range(times):
         for call in calls:
-            with pytest.raises((TypeError, ValueError)):
+            try:
                 binding.raw_forward(call)
+            except (TypeError, ValueError):
+                continue
+            raise AssertionError("not refused")
 
-    for _ in range(20):
-        refuse_all()
+
+def test_refusals_leave_no_memory():
+    """Blocks of Python's allocator; some hundred settle in free lists at first, a leak would be one or more a call."""
+    calls, times = refused_calls(), 300
+    refuse(calls, times)
     gc.collect()
-    tracemalloc.start()
-    before = tracemalloc.take_snapshot()
-    for _ in range(100):
-        refuse_all()
+    before = sys.getallocatedblocks()
+    refuse(calls, times)
     gc.collect()
-    grown = sum(row.size_diff for row in tracemalloc.take_snapshot().compare_to(before, "filename") if "tracemalloc" not in str(row.traceback))
-    tracemalloc.stop()
-    assert grown < 20_000, grown
+    grown = sys.getallocatedblocks() - before
+    assert grown < times / 2, grown
 
 
 def test_refusals_leave_no_references():
@@ -334,17 +361,9 @@ def test_refusals_leave_no_references():
         gc.collect()
         return [sys.getrefcount(item) for item in objects], [sys.getrefcount(item) for item in constants]
 
-    def refuse_all(times):
-        for _ in range(times):
-            for call in calls:
-                try:
-                    binding.raw_forward(call)
-                except (TypeError, ValueError):
-                    pass
-
-    refuse_all(3)
+    refuse(calls, 3)
     before = counts()
-    refuse_all(200)
+    refuse(calls, 200)
     after = counts()
     assert after[0] == before[0]
     assert all(abs(a - b) < 100 for a, b in zip(after[1], before[1], strict=True)), (before[1], after[1])

@@ -111,8 +111,8 @@ static keys_tiles carve_keys(const fa_job *job, fa_arena *arena) {
 }
 
 /* c += a b, where a zero of a says "no such pair" once the tile has invisible pairs and b something that must not leak through 0 * b. */
-static void accumulate(const fa_tile_ops *ops, int partial, int m, int n, int k, const void *a, ptrdiff_t a_row, ptrdiff_t a_col, const void *b,
-                       void *c) {
+static void accumulate(const fa_tile_ops *ops, int partial, int m, int n, int k, const void *a, ptrdiff_t a_row, ptrdiff_t a_col,
+                       const void *b, void *c) {
   if (partial && !ops->all_finite(b, (int64_t)k * n))
     ops->gemm_skipping_zeros(m, n, k, a, a_row, a_col, b, n, c, n);
   else
@@ -120,7 +120,8 @@ static void accumulate(const fa_tile_ops *ops, int partial, int m, int n, int k,
 }
 
 /* One tile of queries against the keys at hand. */
-static void keys_step(const fa_head *head, const fa_backward_shared *shared, keys_tiles *t, int part, int m0, int rows, int n0, int columns) {
+static void keys_step(const fa_head *head, const fa_backward_shared *shared, keys_tiles *t, int part, int m0, int rows, int n0,
+                      int columns) {
   const fa_problem *p = head->problem;
   const fa_tile_ops *ops = head->ops;
   fa_gradient_tiles *g = &t->tiles;
@@ -158,7 +159,8 @@ static void keys_tile(const fa_job *job, fa_head *head, keys_tiles *t, int part,
     for (int g = 0; g < p->group; g++) {
       *head = fa_head_of(p, job->ops, head->b, head->h_k * p->group + g);
       for (int m0 = rows.lo / job->block_m * job->block_m; m0 < rows.hi; m0 += job->block_m)
-        if (fa_tile_in_block_mask(head, m0, n0)) keys_step(head, shared, t, part, m0, fa_min(job->block_m, head->seq.len_q - m0), n0, columns);
+        if (fa_tile_in_block_mask(head, m0, n0))
+          keys_step(head, shared, t, part, m0, fa_min(job->block_m, head->seq.len_q - m0), n0, columns);
     }
   }
   store_keys(head, &p->grad.dk, t->dk, n0, slot, p->dim_qk, p->score.scale);
@@ -213,7 +215,8 @@ static double sink_gradient(const fa_job *job, int b, int h) {
   const fa_backward_shared *shared = job->extra;
   fa_head head = fa_head_of(p, job->ops, b, h);
   double sink = fa_per_head_value(&p->score.sinks, job->ops, b, h), sum = 0;
-  for (int m = 0; m < head.seq.len_q && sink > -INFINITY; m++) sum -= exp(sink - fa_statistic(&head, &p->lse, m)) * *fa_delta_of(shared, &head, m);
+  for (int m = 0; m < head.seq.len_q && sink > -INFINITY; m++)
+    sum -= exp(sink - fa_statistic(&head, &p->lse, m)) * *fa_delta_of(shared, &head, m);
   return sum;
 }
 
@@ -242,7 +245,8 @@ static void clear_slack(const fa_problem *p, const fa_tile_ops *ops, const fa_vi
   if (!view->data || !p->lengths.packed) return;
   for (int h = 0; h < heads; h++)
     for (int64_t row = cu.data[p->batch * cu.stride]; row < total; row++)
-      ops->store((char *)view->data + (h * view->h + row * view->s) * fa_dtype_bytes(p->dtype), p->dtype, 0, view->d, zeros, 0, 1, dim, NULL);
+      ops->store((char *)view->data + (h * view->h + row * view->s) * fa_dtype_bytes(p->dtype), p->dtype, 0, view->d, zeros, 0, 1, dim,
+                 NULL);
 }
 
 size_t fa_cpu_backward_workspace(const fa_problem *p, const fa_tile_ops *ops) {

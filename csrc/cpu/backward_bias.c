@@ -69,7 +69,8 @@ static void bias_task(int64_t item, int worker, void *context) {
       for (int m = m0; m < m1; m += job->block_m) add_head(job, &t, &head, m, n0, n1);
     }
   char *at = (char *)g->data + (b0 * g->b + h0 * g->h + m0 * g->m + n0 * g->n) * fa_dtype_bytes(g->dtype);
-  job->ops->store(at, g->dtype, g->m, g->n, t.sum, FA_BLOCK_N, fa_min(job->block_m, g->rows - m0), fa_min(FA_BLOCK_N, g->columns - n0), NULL);
+  job->ops->store(at, g->dtype, g->m, g->n, t.sum, FA_BLOCK_N, fa_min(job->block_m, g->rows - m0), fa_min(FA_BLOCK_N, g->columns - n0),
+                  NULL);
 }
 
 fa_code fa_cpu_bias_gradient(fa_job *job, fa_error *error) {

@@ -37,7 +37,7 @@ static unsigned detect(void) {
 
   int avx2 = all_set(saved, ymm) && all_set(basic.c, BIT(12) | BIT(28) | BIT(29)) /* FMA, AVX, F16C */ && all_set(extended.b, BIT(5));
   int avx512 = avx2 && all_set(saved, zmm) && all_set(extended.b, BIT(16) | BIT(17) | BIT(30) | BIT(31)); /* F, DQ, BW, VL */
-  int amx = avx512 && all_set(saved, tiles) && all_set(extended.d, BIT(22) | BIT(24));                  /* bf16, tile */
+  int amx = avx512 && all_set(saved, tiles) && all_set(extended.d, BIT(22) | BIT(24));                    /* bf16, tile */
   if (avx2) found |= 1u << FA_CPU_AVX2;
   if (avx512) found |= 1u << FA_CPU_AVX512;
   if (amx) found |= 1u << FA_CPU_AMX;

@@ -13,12 +13,14 @@ fa_code fa_cpu_explain(const fa_problem *p, fa_direction direction, char *text, 
   fa_code code = fa_cpu_tier(&tier, &name, error);
   if (code != FA_OK) return code;
   size_t workspace = direction == FA_BACKWARD ? fa_cpu_backward_workspace(p, fa_ops_for(tier, p->dtype)) : 0;
-  int needed = snprintf(text, bytes,
-                        "{\"engine\": \"cpu\", \"kernel\": \"%s_%s\", \"tier\": \"%s\", \"arithmetic\": \"%s\", \"block_m\": %d, \"block_n\": %d, "
-                        "\"splits\": %d, \"threads\": %d, \"thread_source\": \"%s\", \"workspace_bytes\": %zu, \"deterministic\": true, \"notes\": []}",
-                        direction == FA_BACKWARD ? "backward" : "forward", name, name, p->dtype == FA_F64 ? "float64" : "float32", fa_block_m(p),
-                        FA_BLOCK_N, direction == FA_BACKWARD ? fa_cpu_backward_parts(p) : 1, fa_thread_count(), fa_thread_source(), workspace);
-  if (needed < 0 || (size_t)needed >= bytes) return fa_fail(error, FA_ERR_VALUE, "text: %zu bytes are too few, %d needed", bytes, needed + 1);
+  int needed = snprintf(
+      text, bytes,
+      "{\"engine\": \"cpu\", \"kernel\": \"%s_%s\", \"tier\": \"%s\", \"arithmetic\": \"%s\", \"block_m\": %d, \"block_n\": %d, "
+      "\"splits\": %d, \"threads\": %d, \"thread_source\": \"%s\", \"workspace_bytes\": %zu, \"deterministic\": true, \"notes\": []}",
+      direction == FA_BACKWARD ? "backward" : "forward", name, name, p->dtype == FA_F64 ? "float64" : "float32", fa_block_m(p), FA_BLOCK_N,
+      direction == FA_BACKWARD ? fa_cpu_backward_parts(p) : 1, fa_thread_count(), fa_thread_source(), workspace);
+  if (needed < 0 || (size_t)needed >= bytes)
+    return fa_fail(error, FA_ERR_VALUE, "text: %zu bytes are too few, %d needed", bytes, needed + 1);
   return FA_OK;
 }
 

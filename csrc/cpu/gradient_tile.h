@@ -6,12 +6,12 @@
 
 /* P and dS of a tile, and the operands they came from. Layouts: queries [m][dim], keys [64][dim], transposed keys [dim][64]. */
 typedef struct {
-  void *q, *dout;   /* loaded by fa_load_query_side */
+  void *q, *dout;    /* loaded by fa_load_query_side */
   void *k, *kt, *vt; /* loaded by fa_load_key_side; k only where dq is wanted */
-  void *p;          /* [m][64] exp(score - lse), times the dropout multiplier if there is dropout: what dv needs */
-  void *ds;         /* [m][64] gradient of the score after softcap */
-  void *softcap;    /* [m][64] d(score)/d(product * scale), only with softcap */
-  void *multiplier; /* [64] dropout */
+  void *p;           /* [m][64] exp(score - lse), times the dropout multiplier if there is dropout: what dv needs */
+  void *ds;          /* [m][64] gradient of the score after softcap */
+  void *softcap;     /* [m][64] d(score)/d(product * scale), only with softcap */
+  void *multiplier;  /* [64] dropout */
 } fa_gradient_tiles;
 
 fa_gradient_tiles fa_carve_gradient_tiles(const fa_job *job, fa_arena *arena);

@@ -1,7 +1,6 @@
 /* head.c: see head.h. */
 #include "head.h"
 
-
 double fa_per_head_value(const fa_per_head *t, const fa_tile_ops *ops, int b, int h) {
   double as_f64 = 0;
   float as_f32 = 0;

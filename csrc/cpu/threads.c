@@ -104,12 +104,12 @@ static void work_range(int64_t begin, int64_t end, void *context) {
 static struct {
   pthread_mutex_t lock;
   pthread_cond_t start, end;
-  int threads;        /* created so far; they live as long as the process */
-  int busy;           /* a loop owns the pool */
-  loop *current;      /* NULL: nothing to join */
-  int next_worker;    /* of the current loop; its caller is worker 0 */
-  int workers;        /* most workers that may join it */
-  int active;         /* pool threads inside it */
+  int threads;     /* created so far; they live as long as the process */
+  int busy;        /* a loop owns the pool */
+  loop *current;   /* NULL: nothing to join */
+  int next_worker; /* of the current loop; its caller is worker 0 */
+  int workers;     /* most workers that may join it */
+  int active;      /* pool threads inside it */
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .start = PTHREAD_COND_INITIALIZER, .end = PTHREAD_COND_INITIALIZER};
 
 static void *pool_thread(void *unused) {

@@ -5,7 +5,7 @@
 #include <stdint.h>
 
 /* Workers a loop started now would use, at least 1: torch's number, or FLASH_ATTN_C_NUM_THREADS, OMP_NUM_THREADS, or the CPUs this
- * process may run on. 1 inside a parallel region and in a forked child whose pool is gone and was set to one thread. */
+ * process may run on. 1 inside a parallel region; in a forked child the same number, on our own pool. */
 int fa_thread_count(void);
 
 /* Calls fn(item, worker, context) once for each item of [0, items), items taken in rising order from a shared counter, so start the

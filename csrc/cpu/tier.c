@@ -28,7 +28,8 @@ enum { ROW_COUNT = sizeof rows / sizeof rows[0] };
 void fa_cpu_tier_list(char *text, size_t bytes) {
   size_t used = (size_t)snprintf(text, bytes, "[");
   for (int i = 0; i < ROW_COUNT; i++)
-    if (fa_cpu_has(rows[i].needs) && used < bytes) used += (size_t)snprintf(text + used, bytes - used, "%s\"%s\"", i ? ", " : "", rows[i].name);
+    if (fa_cpu_has(rows[i].needs) && used < bytes)
+      used += (size_t)snprintf(text + used, bytes - used, "%s\"%s\"", i ? ", " : "", rows[i].name);
   if (used < bytes) snprintf(text + used, bytes - used, "]");
 }
 

@@ -41,8 +41,8 @@ typedef struct {
   int real_bytes;
 
   /* c[m][n] (+)= sum over k of a(m, k) * b[k][n], a(m, k) = a[m * a_row + k * a_col]: rows and columns of a may change roles. */
-  void (*gemm)(int m, int n, int k, const void *a, ptrdiff_t a_row, ptrdiff_t a_col, const void *b, ptrdiff_t b_row, void *c, ptrdiff_t c_row,
-               int accumulate);
+  void (*gemm)(int m, int n, int k, const void *a, ptrdiff_t a_row, ptrdiff_t a_col, const void *b, ptrdiff_t b_row, void *c,
+               ptrdiff_t c_row, int accumulate);
   /* The same with a zero a(m, k) meaning "no such pair": a NaN or infinity in that row of b does not reach c. Always accumulates. */
   void (*gemm_skipping_zeros)(int m, int n, int k, const void *a, ptrdiff_t a_row, ptrdiff_t a_col, const void *b, ptrdiff_t b_row, void *c,
                               ptrdiff_t c_row);
@@ -50,7 +50,8 @@ typedef struct {
   /* rows x columns elements of any dtype and strides -> dst[row][column], zero up to ld. */
   void (*load)(void *dst, int ld, const void *src, fa_dtype dtype, int64_t row_stride, int64_t column_stride, int rows, int columns);
   /* The same, transposed: dst[column][row], zero from rows up to ld. */
-  void (*load_transposed)(void *dst, int ld, const void *src, fa_dtype dtype, int64_t row_stride, int64_t column_stride, int rows, int columns);
+  void (*load_transposed)(void *dst, int ld, const void *src, fa_dtype dtype, int64_t row_stride, int64_t column_stride, int rows,
+                          int columns);
   /* src[row][column] * row_scale[row] -> any dtype and strides; row_scale may be NULL. */
   void (*store)(void *dst, fa_dtype dtype, int64_t row_stride, int64_t column_stride, const void *src, int ld, int rows, int columns,
                 const double *row_scale);
@@ -59,7 +60,7 @@ typedef struct {
   /* One row of a tile; count is a multiple of FA_TILE_PAD. */
   void (*score_row)(const fa_score_row *row, void *s, int count, void *softcap_factor); /* factor: ds/d(uncapped), may be NULL */
   double (*row_max)(const void *s, int count);
-  double (*exp_row)(void *s, int count, double shift);                                    /* s = exp(s - shift); returns the sum */
+  double (*exp_row)(void *s, int count, double shift); /* s = exp(s - shift); returns the sum */
   void (*scale_row)(void *s, int count, double factor);
   double (*dot_row)(const void *a, const void *b, int count);
   void (*multiply_row)(void *out, const void *a, const void *b, int count);

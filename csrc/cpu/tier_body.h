@@ -38,8 +38,8 @@ ALWAYS_INLINE void FN(gemm_block)(const int rows, const int vectors, int k, cons
 }
 
 /* All row blocks against one panel of b, which is small enough to stay in L1. */
-ALWAYS_INLINE void FN(gemm_panel)(const int vectors, int m, int k, const REAL *a, ptrdiff_t a_row, ptrdiff_t a_col, const REAL *b, ptrdiff_t b_row,
-                                  REAL *c, ptrdiff_t c_row, int accumulate) {
+ALWAYS_INLINE void FN(gemm_panel)(const int vectors, int m, int k, const REAL *a, ptrdiff_t a_row, ptrdiff_t a_col, const REAL *b,
+                                  ptrdiff_t b_row, REAL *c, ptrdiff_t c_row, int accumulate) {
   int i = 0;
   for (; i + GEMM_ROWS <= m; i += GEMM_ROWS)
     FN(gemm_block)(GEMM_ROWS, vectors, k, a + i * a_row, a_row, a_col, b, b_row, c + i * c_row, c_row, accumulate);
@@ -57,8 +57,8 @@ static void FN(gemm)(int m, int n, int k, const void *a, ptrdiff_t a_row, ptrdif
   for (; j < n; j += LANES) FN(gemm_panel)(1, m, k, a, a_row, a_col, b_real + j, b_row, c_real + j, c_row, accumulate);
 }
 
-static void FN(gemm_skipping_zeros)(int m, int n, int k, const void *a, ptrdiff_t a_row, ptrdiff_t a_col, const void *b, ptrdiff_t b_row, void *c,
-                                    ptrdiff_t c_row) {
+static void FN(gemm_skipping_zeros)(int m, int n, int k, const void *a, ptrdiff_t a_row, ptrdiff_t a_col, const void *b, ptrdiff_t b_row,
+                                    void *c, ptrdiff_t c_row) {
   for (int r = 0; r < m; r++)
     for (int i = 0; i < k; i++) {
       REAL coefficient = ((const REAL *)a)[r * a_row + i * a_col];
@@ -123,8 +123,8 @@ static void FN(load_transposed)(void *dst, int ld, const void *src, fa_dtype dty
   }
 }
 
-ALWAYS_INLINE void FN(put_row)(void *restrict dst, const fa_dtype dtype, int64_t start, const int64_t stride, const REAL *restrict src, REAL scale,
-                               int count) {
+ALWAYS_INLINE void FN(put_row)(void *restrict dst, const fa_dtype dtype, int64_t start, const int64_t stride, const REAL *restrict src,
+                               REAL scale, int count) {
   for (int i = 0; i < count; i++) FN(put)(dst, dtype, start + i * stride, src[i] * scale);
 }
 

@@ -32,10 +32,14 @@ static const tensor_row common_tensors[] = {
 };
 
 static const tensor_row gradient_tensors[] = {
-    {FA_ARG_DOUT + 0, "dout", PLACE(grad.dout)},   {FA_ARG_DOUT + 1, "dlse", PLACE(grad.dlse)},
-    {FA_ARG_DOUT + 2, "dq", PLACE(grad.dq)},       {FA_ARG_DOUT + 3, "dk", PLACE(grad.dk)},
-    {FA_ARG_DOUT + 4, "dv", PLACE(grad.dv)},       {FA_ARG_DOUT + 5, "dbias", PLACE(grad.dbias)},
-    {FA_ARG_DOUT + 6, "dalibi_slopes", PLACE(grad.dalibi)}, {FA_ARG_DOUT + 7, "dsinks", PLACE(grad.dsinks)},
+    {FA_ARG_DOUT + 0, "dout", PLACE(grad.dout)},
+    {FA_ARG_DOUT + 1, "dlse", PLACE(grad.dlse)},
+    {FA_ARG_DOUT + 2, "dq", PLACE(grad.dq)},
+    {FA_ARG_DOUT + 3, "dk", PLACE(grad.dk)},
+    {FA_ARG_DOUT + 4, "dv", PLACE(grad.dv)},
+    {FA_ARG_DOUT + 5, "dbias", PLACE(grad.dbias)},
+    {FA_ARG_DOUT + 6, "dalibi_slopes", PLACE(grad.dalibi)},
+    {FA_ARG_DOUT + 7, "dsinks", PLACE(grad.dsinks)},
 };
 
 static int parse_tensors(fa_intake *intake, const tensor_row *rows, size_t count, PyObject *const *args, fa_request *request) {

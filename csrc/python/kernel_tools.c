@@ -73,12 +73,13 @@ PyObject *fa_py_compile_kernel(PyObject *module, PyObject *const *args, Py_ssize
   void *cubin = NULL;
   char *log = NULL;
   size_t bytes = 0;
-  fa_code code;
   if (count != 4)
     return PyErr_Format(PyExc_TypeError, "compile_kernel: 4 arguments needed (kernel, entry, constants, arch), %zd given", count);
   if (!parse_request(args, &request)) return NULL;
-  Py_BEGIN_ALLOW_THREADS code = fa_store_compile(&request.variant, request.target, &cubin, &bytes, &log, &error);
-  Py_END_ALLOW_THREADS if (code) return raise_with_log(code, &error, log);
+  PyThreadState *released = PyEval_SaveThread();
+  const fa_code code = fa_store_compile(&request.variant, request.target, &cubin, &bytes, &log, &error);
+  PyEval_RestoreThread(released);
+  if (code) return raise_with_log(code, &error, log);
   PyObject *result = Py_BuildValue("(Ns)", PyBytes_FromStringAndSize(cubin, (Py_ssize_t)bytes), log ? log : "");
   free(cubin);
   free(log);
@@ -91,13 +92,14 @@ PyObject *fa_py_ship_kernel(PyObject *module, PyObject *const *args, Py_ssize_t 
   tool_request request;
   fa_error error = {0};
   char file[256], *log = NULL;
-  fa_code code;
   if (count != 5)
     return PyErr_Format(PyExc_TypeError, "ship_kernel: 5 arguments needed (kernel, entry, constants, arch, directory), %zd given", count);
   const char *directory = text_of(args[4], "directory");
   if (!directory || !parse_request(args, &request)) return NULL;
-  Py_BEGIN_ALLOW_THREADS code = fa_store_ship(&request.variant, request.target, directory, file, sizeof file, &log, &error);
-  Py_END_ALLOW_THREADS if (code) return raise_with_log(code, &error, log);
+  PyThreadState *released = PyEval_SaveThread();
+  const fa_code code = fa_store_ship(&request.variant, request.target, directory, file, sizeof file, &log, &error);
+  PyEval_RestoreThread(released);
+  if (code) return raise_with_log(code, &error, log);
   PyObject *result = Py_BuildValue("(ss)", file, log ? log : "");
   free(log);
   return result;

@@ -74,7 +74,8 @@ static PyObject *run(engine_call call, const fa_request *request, fa_intake *int
   Py_XDECREF(w.kept);
   if (code != FA_OK) return raise_error(&error);
   if (PyErr_Occurred() || (request->q.device == FA_CUDA && fa_py_warn_of_store() < 0)) return NULL;
-  Py_RETURN_NONE;
+  Py_INCREF(Py_None);
+  return Py_None;
 }
 
 static PyObject *forward(PyObject *self, PyObject *const *args, Py_ssize_t count) {
@@ -141,7 +142,7 @@ static PyObject *describe(PyObject *self, PyObject *unused) {
 
 /* ---- The module ---- */
 
-#define COMMON_SIGNATURE                                                                                                              \
+#define COMMON_SIGNATURE                                                                                                                 \
   "q, k, v, out, lse, bias, mask, alibi_slopes, sinks, block_mask, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, rng_state, probs, " \
   "causal, window, scale, softcap, dropout_p, block_size, max_seqlen_q, max_seqlen_k, layout, deterministic, "
 
@@ -149,7 +150,8 @@ static PyMethodDef methods[] = {
     {"forward", (PyCFunction)(void (*)(void))forward, METH_FASTCALL,
      "forward(" COMMON_SIGNATURE "alloc, /)\n--\n\nWrites out, lse and, when given, probs."},
     {"backward", (PyCFunction)(void (*)(void))backward, METH_FASTCALL,
-     "backward(" COMMON_SIGNATURE "dout, dlse, dq, dk, dv, dbias, dalibi_slopes, dsinks, alloc, /)\n--\n\nWrites the gradients that are given."},
+     "backward(" COMMON_SIGNATURE
+     "dout, dlse, dq, dk, dv, dbias, dalibi_slopes, dsinks, alloc, /)\n--\n\nWrites the gradients that are given."},
     {"explain", (PyCFunction)(void (*)(void))explain, METH_FASTCALL,
      "explain(" COMMON_SIGNATURE "backward, /)\n--\n\nThe plan for such a call, as JSON text."},
     {"describe", describe, METH_NOARGS, "describe()\n--\n\nWhat was found on this machine, as JSON text."},
@@ -205,14 +207,9 @@ static PyModuleDef_Slot slots_since_3_12[] = {
 };
 
 static PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT,
-    .m_name = "flash_attn_c._C",
-    .m_doc = "FlashAttention in C: the compiled core.",
-    .m_size = sizeof(module_state),
-    .m_methods = methods,
-    .m_traverse = module_traverse,
-    .m_clear = module_clear,
-    .m_free = module_free,
+    PyModuleDef_HEAD_INIT,          .m_name = "flash_attn_c._C", .m_doc = "FlashAttention in C: the compiled core.",
+    .m_size = sizeof(module_state), .m_methods = methods,        .m_traverse = module_traverse,
+    .m_clear = module_clear,        .m_free = module_free,
 };
 
 PyMODINIT_FUNC PyInit__C(void) {

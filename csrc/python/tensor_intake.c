@@ -79,34 +79,37 @@ static int fail_not_a_tensor(const char *name, PyObject *object) {
   return -1;
 }
 
-/* Replaces the producer's pending error by one that names the argument and keeps its words; the original becomes the cause. What is not about
- * the tensor (KeyboardInterrupt, MemoryError, ...) passes unchanged. */
+/* The class for an error about a tensor, or NULL for one that is not about the tensor (KeyboardInterrupt, MemoryError, ...). */
+static PyObject *class_of_producer_error(void) {
+  static PyObject **const about_the_tensor[] = {&PyExc_BufferError, &PyExc_RuntimeError, &PyExc_TypeError, &PyExc_ValueError,
+                                                &PyExc_AttributeError};
+  if (PyErr_ExceptionMatches(PyExc_NotImplementedError)) return PyExc_NotImplementedError;
+  for (size_t i = 0; i < sizeof about_the_tensor / sizeof *about_the_tensor; i++)
+    if (PyErr_ExceptionMatches(*about_the_tensor[i])) return PyExc_TypeError;
+  return NULL;
+}
+
+/* Replaces the producer's pending error by one that names the argument and quotes it; the original becomes the cause. */
 static int fail_as_producer(const char *name) {
-  static PyObject **const about_the_tensor[] = {&PyExc_BufferError, &PyExc_RuntimeError, &PyExc_TypeError, &PyExc_ValueError, &PyExc_AttributeError};
+  PyObject *type, *value, *trace, *cause;
   if (!PyErr_Occurred()) {
     PyErr_Format(PyExc_TypeError, "%s: the library it comes from gave no tensor and no reason", name);
     return -1;
   }
-  PyObject *kind = PyErr_ExceptionMatches(PyExc_NotImplementedError) ? PyExc_NotImplementedError : NULL;
-  for (size_t i = 0; !kind && i < sizeof about_the_tensor / sizeof *about_the_tensor; i++)
-    if (PyErr_ExceptionMatches(*about_the_tensor[i])) kind = PyExc_TypeError;
+  PyObject *kind = class_of_producer_error();
   if (!kind) return -1;
 
-  PyObject *type, *value, *trace;
-  PyErr_Fetch(&type, &value, &trace);
-  PyErr_NormalizeException(&type, &value, &trace);
-  if (trace) PyException_SetTraceback(value, trace);
-  PyErr_Format(kind, "%s: cannot be read as a strided tensor: %S", name, value);
+  PyErr_Fetch(&type, &cause, &trace);
+  PyErr_NormalizeException(&type, &cause, &trace);
+  if (trace) PyException_SetTraceback(cause, trace);
   Py_XDECREF(type);
   Py_XDECREF(trace);
 
-  PyErr_Fetch(&type, &kind, &trace);
-  PyErr_NormalizeException(&type, &kind, &trace);
-  if (PyExceptionInstance_Check(kind))
-    PyException_SetCause(kind, value); /* takes our reference */
-  else
-    Py_XDECREF(value);
-  PyErr_Restore(type, kind, trace);
+  PyErr_Format(kind, "%s: cannot be read as a strided tensor: %S", name, cause);
+  PyErr_Fetch(&type, &value, &trace);
+  PyErr_NormalizeException(&type, &value, &trace);
+  PyException_SetCause(value, cause); /* takes our reference */
+  PyErr_Restore(type, value, trace);
   return -1;
 }
 
@@ -191,7 +194,8 @@ static int hold(fa_intake *intake, DLManagedTensorVersioned *versioned, DLManage
 static int take_versioned(fa_intake *intake, const char *name, DLManagedTensorVersioned *managed, fa_tensor *out) {
   if (hold(intake, managed, NULL, name) < 0) return -1;
   if (managed->version.major != DLPACK_MAJOR) {
-    PyErr_Format(PyExc_TypeError, "%s: speaks DLPack %u, only version %d is understood", name, (unsigned)managed->version.major, (int)DLPACK_MAJOR);
+    PyErr_Format(PyExc_TypeError, "%s: speaks DLPack %u, only version %d is understood", name, (unsigned)managed->version.major,
+                 (int)DLPACK_MAJOR);
     return -1;
   }
   return convert(name, &managed->dl_tensor, (managed->flags & DL_FLAG_READ_ONLY) != 0, out);

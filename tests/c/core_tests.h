@@ -6,16 +6,16 @@
 
 extern int passed_count, failed_count;
 
-#define CHECK(condition, ...)                                                  \
-  do {                                                                         \
-    if (condition) {                                                           \
-      passed_count++;                                                          \
-    } else {                                                                   \
-      failed_count++;                                                          \
-      fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition);          \
-      fprintf(stderr, __VA_ARGS__);                                            \
-      fprintf(stderr, "\n");                                                   \
-    }                                                                          \
+#define CHECK(condition, ...)                                         \
+  do {                                                                \
+    if (condition) {                                                  \
+      passed_count++;                                                 \
+    } else {                                                          \
+      failed_count++;                                                 \
+      fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      fprintf(stderr, __VA_ARGS__);                                   \
+      fprintf(stderr, "\n");                                          \
+    }                                                                 \
   } while (0)
 
 void test_mask(void);

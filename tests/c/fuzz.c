@@ -168,7 +168,8 @@ static sizes random_sizes(void) {
 }
 
 static fa_tensor like_q(const sizes *z, int length, int heads, int dim, fa_layout layout, int is_input) {
-  int64_t bshd[4] = {z->batch, length, heads, dim}, bhsd[4] = {z->batch, heads, length, dim}, flat[3] = {(int64_t)z->batch * length, heads, dim};
+  int64_t bshd[4] = {z->batch, length, heads, dim}, bhsd[4] = {z->batch, heads, length, dim},
+          flat[3] = {(int64_t)z->batch * length, heads, dim};
   const int64_t *shape = z->packed ? flat : layout == FA_BHSD ? bhsd : bshd;
   int ndim = z->packed ? 3 : 4;
   return is_input ? input(z->dtype, ndim, shape) : make(z->dtype, ndim, shape, 1);
@@ -250,7 +251,8 @@ static void add_gradients(fa_request *r, const sizes *z) {
 
 /* One random damage; the result may still be legal. */
 static void damage(fa_request *r) {
-  fa_tensor *tensors[] = {&r->q, &r->k, &r->v, &r->out, &r->lse, &r->score.bias, &r->visibility.mask, &r->score.sinks, &r->lengths.seqused_k};
+  fa_tensor *tensors[] = {
+      &r->q, &r->k, &r->v, &r->out, &r->lse, &r->score.bias, &r->visibility.mask, &r->score.sinks, &r->lengths.seqused_k};
   fa_tensor *t = tensors[below(9)];
   switch (below(8)) {
     case 0: t->dtype = one_in(2) ? FA_OTHER : FA_I64; break;
@@ -267,14 +269,15 @@ static void damage(fa_request *r) {
 /* ---- One round ---- */
 
 static int names_argument(const char *message) {
-  static const char *const names[] = {"q", "k", "v", "out", "lse", "bias", "mask", "alibi_slopes", "sinks", "block_mask", "cu_seqlens_q",
-                                      "cu_seqlens_k", "seqused_q", "seqused_k", "rng_state", "probs", "causal", "window", "scale", "softcap",
-                                      "dropout_p", "block_size", "max_seqlen_q", "max_seqlen_k", "layout", "dout", "dlse", "dq", "dk", "dv",
-                                      "dbias", "dalibi_slopes", "dsinks"};
+  static const char names[] =
+      " q k v out lse bias mask alibi_slopes sinks block_mask cu_seqlens_q cu_seqlens_k seqused_q seqused_k rng_state probs causal window "
+      "scale "
+      "softcap dropout_p block_size max_seqlen_q max_seqlen_k layout dout dlse dq dk dv dbias dalibi_slopes dsinks ";
+  char word[32];
   const char *colon = strchr(message, ':');
-  for (size_t i = 0; colon && i < sizeof names / sizeof *names; i++)
-    if ((size_t)(colon - message) == strlen(names[i]) && memcmp(message, names[i], strlen(names[i])) == 0) return 1;
-  return 0;
+  if (!colon || colon - message > 24) return 0;
+  snprintf(word, sizeof word, " %.*s ", (int)(colon - message), message);
+  return strstr(names, word) != NULL;
 }
 
 /* Tensors of the pool from `first` on are those that the call writes. Returns the number of faults. */

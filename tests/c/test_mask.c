@@ -48,8 +48,8 @@ static void test_rule(fa_rule rule, int len_q, int len_k) {
     for (int m1 = m0 + 1; m1 <= len_q; m1++) wrong += !rows_agree(rule, len_q, len_k, m0, m1);
   for (int n0 = 0; n0 < len_k; n0++)
     for (int n1 = n0 + 1; n1 <= len_k; n1++) wrong += !keys_agree(rule, len_q, len_k, n0, n1);
-  CHECK(wrong == 0, "causal %d, window (%d, %d), lengths %d and %d: %d disagreements", rule.causal, rule.window_left, rule.window_right, len_q,
-        len_k, wrong);
+  CHECK(wrong == 0, "causal %d, window (%d, %d), lengths %d and %d: %d disagreements", rule.causal, rule.window_left, rule.window_right,
+        len_q, len_k, wrong);
 }
 
 void test_mask(void) {

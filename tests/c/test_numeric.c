@@ -7,11 +7,14 @@
 /* The value by its definition: sign, exponent field, mantissa field. */
 static double value_of(uint16_t bits, int mantissa_bits, int bias) {
   int exponent_field = (bits & 0x7FFF) >> mantissa_bits, mantissa = bits & ((1 << mantissa_bits) - 1);
-  double magnitude = exponent_field ? ldexp(1 + ldexp(mantissa, -mantissa_bits), exponent_field - bias) : ldexp(mantissa, 1 - bias - mantissa_bits);
+  double magnitude =
+      exponent_field ? ldexp(1 + ldexp(mantissa, -mantissa_bits), exponent_field - bias) : ldexp(mantissa, 1 - bias - mantissa_bits);
   return bits & 0x8000 ? -magnitude : magnitude;
 }
 
-static int is_finite_pattern(uint16_t bits, int mantissa_bits) { return ((bits & 0x7FFF) >> mantissa_bits) != (1 << (15 - mantissa_bits)) - 1; }
+static int is_finite_pattern(uint16_t bits, int mantissa_bits) {
+  return ((bits & 0x7FFF) >> mantissa_bits) != (1 << (15 - mantissa_bits)) - 1;
+}
 
 static void test_format(const char *name, float (*from)(uint16_t), uint16_t (*to)(float), int mantissa_bits, int bias) {
   int wrong_value = 0, wrong_back = 0, wrong_tie = 0, wrong_nearest = 0;

@@ -1,4 +1,5 @@
 /* test_threads.c: fa_parallel takes each item once, keeps workers apart, and survives callers at the same time and a fork. */
+#define _POSIX_C_SOURCE 200809L /* barriers, fork */
 #include <pthread.h>
 #include <stdatomic.h>
 #include <string.h>

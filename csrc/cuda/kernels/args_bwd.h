@@ -25,7 +25,8 @@ typedef struct {
   fa_arg_bias_gradient dbias;
   fa_arg_heads dalibi, dsinks;
 
-  int prep_tiles, key_tiles, row_tiles; /* tiles of the kernel's size: dense: of one sequence; packed: upper bound over all sequences of one head */
+  int pad_tiles, key_tiles, row_tiles;  /* tiles of FA_ROW_PAD rows, of keys, of rows: of one sequence (dense), or at most of one head (packed) */
+  int row_tile;                         /* rows of a tile of the kernel that fills dalibi_tiles */
   int dq_columns;                       /* width of dq_sum: dim_qk padded */
 
   /* Workspace. "real" is f32, or f64 with DTYPE f64. */

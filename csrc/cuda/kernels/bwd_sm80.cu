@@ -123,8 +123,6 @@ FA_INLINE int gradient_tile(const fa_gradient_args *args, const fa_gradient_head
   int64_t workspace_row = fa_workspace_row(args, tile->b, head->h, tile->q_start) + m0 + row0 + (lane >> 2);
   float s[S_M * S_N][4], dp[S_M * S_N][4], lse[S_M][2], delta[S_M][2];
 #pragma unroll
-  for (int m = 0; m < S_M; m++) fa_read_row_statistics(args, workspace_row + 16 * m, lse[m], delta[m]);
-#pragma unroll
   for (int i = 0; i < S_M * S_N; i++)
 #pragma unroll
     for (int e = 0; e < 4; e++) s[i][e] = dp[i][e] = 0.0f;
@@ -132,18 +130,17 @@ FA_INLINE int gradient_tile(const fa_gradient_args *args, const fa_gradient_head
   fa_tile_operand q = {smem->q + stage * Q_TILE_BYTES, FA_BY_ROWS, row0, K_ROW_BYTES}, k = {smem->k, FA_BY_ROWS, column0, K_ROW_BYTES};
   fa_tile_operand dout = {smem->dout + stage * DO_TILE_BYTES, FA_BY_ROWS, row0, V_ROW_BYTES}, v = {smem->v, FA_BY_ROWS, column0, V_ROW_BYTES};
   fa_product(s, S_M, S_N, HEAD_DIM, q, k);
+#pragma unroll
+  for (int m = 0; m < S_M; m++) fa_read_row_statistics(args, workspace_row + 16 * m, lse[m], delta[m]); /* they arrive during dO V^T */
   fa_product(dp, S_M, S_N, DIM_V, dout, v);
 
-  int full = fa_tile_is_full(head, m0, BLOCK_M, tile->m0, BLOCK_N), poisoned = 0;
+  int full = fa_tile_is_full(&args->problem, head, m0, BLOCK_M, tile->m0, BLOCK_N), poisoned = 0;
   fa_gradient_wish wish = {0, 0};
   if (SCORE || !full) poisoned = fa_has_nonfinite(s, S_M * S_N) || fa_has_nonfinite(dp, S_M * S_N);
 #pragma unroll
   for (int m = 0; m < S_M; m++) {
     int row = m0 + row0 + 16 * m + (lane >> 2), column = tile->m0 + column0;
-    if (full)
-      fa_gradient_fragments(&s[m * S_N], &dp[m * S_N], S_N, &args->problem, head, row, column, 1, lse[m], delta[m], wish);
-    else
-      fa_gradient_fragments(&s[m * S_N], &dp[m * S_N], S_N, &args->problem, head, row, column, 0, lse[m], delta[m], wish);
+    fa_gradient_fragments(&s[m * S_N], &dp[m * S_N], S_N, &args->problem, head, row, column, full, lse[m], delta[m], wish);
     fa_store_fragments(smem->p, &s[m * S_N], S_N, row0 + 16 * m, column0, S_ROW_BYTES);
     fa_store_fragments(smem->ds, &dp[m * S_N], S_N, row0 + 16 * m, column0, S_ROW_BYTES);
   }
@@ -205,11 +202,11 @@ FA_INLINE void store_keys(const fa_arg_view *view, const fa_tile *tile, float su
 }
 
 /* Walks over the query tiles with dK and dV in registers. */
-FA_INLINE void walk_queries(warp_sums *sums, const fa_gradient_args *args, fa_tile *tile, const shared_map *smem) {
+FA_INLINE void walk_queries(warp_sums *sums, const fa_gradient_args *args, const fa_tile *tile, const shared_map *smem) {
   const fa_arg_problem *p = &args->problem;
   fa_gradient_head head;
   row_walk walk = start_walk(p, tile);
-  int stage = 0, key_head = tile->h, h = -1;
+  int stage = 0, h = -1;
   next_tile(&walk, p, tile);
   if (walk.h == walk.heads_end) return;
   fa_load_tile(smem->k, fa_head_base(&args->k, ELEMENT_BYTES, tile->b, tile->h, tile->k_start + tile->m0), &args->k, tile->len_k - tile->m0,
@@ -221,11 +218,8 @@ FA_INLINE void walk_queries(warp_sums *sums, const fa_gradient_args *args, fa_ti
 
   while (walk.h < walk.heads_end) {
     int m0 = walk.m0;
-    if (h != walk.h) {
-      tile->h = h = walk.h;
-      head = fa_gradient_of_head(p, tile);
-      tile->h = key_head;
-    }
+    if (h != walk.h || (!SCORE && !DROPOUT)) head = fa_gradient_of_head(p, tile, walk.h);
+    h = walk.h;
     next_tile(&walk, p, tile);
     int more = walk.h < walk.heads_end;
     cp_async_wait_group(0);
@@ -246,8 +240,11 @@ FA_INLINE void walk_queries(warp_sums *sums, const fa_gradient_args *args, fa_ti
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) bwd_sm80(const __grid_constant__ fa_gradient_args args) {
   extern __shared__ __align__(128) unsigned char shared[];
-  fa_tile tile;
-  if (!fa_find_key_tile(&args.problem, args.key_tiles, BLOCK_N, &tile) || tile.m0 >= tile.slot_k) return;
+  __shared__ fa_tile tile; /* not in registers, which are short */
+  fa_tile found;
+  if (!fa_find_key_tile(&args.problem, args.key_tiles, BLOCK_N, &found)) return;
+  if (threadIdx.x == 0) tile = found;
+  __syncthreads(); /* the tile is there for all */
   shared_map smem = map_shared(smem_address(shared));
   warp_sums sums;
 #pragma unroll

@@ -192,7 +192,8 @@ FA_INLINE void reread_values(uint32_t v_smem, int pass) {
 
 /* ---- one query tile ---- */
 
-/* What a warp does with the scores of one tile of keys: mask, softmax, dropout, and O *= rescale. */
+/* Scores of one tile of keys become weights. O is rescaled before any weight is computed, so that exponentials and the products that need them
+ * share one block of straight code, where the compiler can overlap them. */
 FA_INLINE void weigh_scores(warp_state *w, float s[M_FRAGS][N_FRAGS][4], const fa_arg_problem *p, const fa_tile *tile, const fa_score_head *head,
                             fa_philox_key key, float to_log2, int row0, int n0, int masked) {
   int moved = 0;
@@ -201,17 +202,25 @@ FA_INLINE void weigh_scores(warp_state *w, float s[M_FRAGS][N_FRAGS][4], const f
   for (int m = 0; m < M_FRAGS; m++) {
     if (SCORE) change_scores(s[m], p, head, tile, row0 + 16 * m, n0);
     if (masked) fa_mask_fragments(s[m], N_FRAGS, p->rule, tile->len_q, tile->len_k, row0 + 16 * m, n0);
-    fa_softmax_rows(s[m], N_FRAGS, to_log2, w->max[m], w->sum[m], rescale[m]);
-    if (DROPOUT) drop_weights(s[m], p, key, tile, row0 + 16 * m, n0);
+    fa_move_maxima(s[m], N_FRAGS, to_log2, w->max[m], rescale[m]);
     moved |= rescale[m][0] != 1.0f || rescale[m][1] != 1.0f;
   }
   if (__any_sync(0xFFFFFFFFu, moved)) {
 #pragma unroll
     for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
-      for (int d = 0; d < V_FRAGS; d++)
+      for (int r = 0; r < 2; r++) {
+        w->sum[m][r] *= rescale[m][r];
 #pragma unroll
-        for (int e = 0; e < 4; e++) w->o[m][d][e] *= rescale[m][e >> 1];
+        for (int d = 0; d < V_FRAGS; d++)
+#pragma unroll
+          for (int e = 0; e < 2; e++) w->o[m][d][2 * r + e] *= rescale[m][r];
+      }
+  }
+#pragma unroll
+  for (int m = 0; m < M_FRAGS; m++) {
+    fa_weigh(s[m], N_FRAGS, to_log2, w->max[m], w->sum[m]);
+    if (DROPOUT) drop_weights(s[m], p, key, tile, row0 + 16 * m, n0);
   }
 }
 
@@ -244,12 +253,6 @@ FA_INLINE void attend(warp_state *w, const fa_forward_args *args, const fa_tile 
   fa_load_tile(v_smem + (stage) * V_TILE_BYTES, v_gmem + (n) * (v_stride * BLOCK_N), &args->v, tile->len_k - (n) * BLOCK_N, p->dim_v, BLOCK_N, \
                DIM_V, THREADS)
 
-  fa_score_head head;
-  fa_philox_key key;
-  if (SCORE) head = fa_score_of_head(p, tile);
-  if (DROPOUT) key = fa_dropout_key_of(p);
-  float to_log2 = SCORE ? LOG2E : (float)p->scale * LOG2E;
-
 #pragma unroll
   for (int m = 0; m < M_FRAGS; m++) {
 #pragma unroll
@@ -265,6 +268,12 @@ FA_INLINE void attend(warp_state *w, const fa_forward_args *args, const fa_tile 
   fa_key_walk walk = fa_walk_keys(p, tile, first, last, BLOCK_N);
   int n = last >= first ? fa_walk_next(&walk) : -1;
   if (n < 0) return;
+
+  fa_score_head head;
+  fa_philox_key key;
+  if (SCORE) head = fa_score_of_head(p, tile);
+  if (DROPOUT) key = fa_dropout_key_of(p);
+  float to_log2 = SCORE ? LOG2E : (float)p->scale * LOG2E;
 
   fa_load_tile(q_smem, fa_head_base(&args->q, ELEMENT_BYTES, tile->b, tile->h, tile->q_start + tile->m0), &args->q, tile->len_q - tile->m0,
                p->dim_qk, BLOCK_M, HEAD_DIM, THREADS);
@@ -342,22 +351,44 @@ FA_INLINE void store_one(const row_target *t, int64_t at, float x) {
     ((uint16_t *)t->row0_gmem)[at] = (uint16_t)fa_pack(x, 0.0f);
 }
 
-/* The warp's rows from shared memory to their place; a lane takes two neighbouring columns, so that a warp writes whole lines. */
+/* Any strides: the warp's rows from f32 in shared memory, element by element. */
 FA_INLINE void store_rows(const row_target *t, const float *o_smem, int row0, int end) {
   int lane = threadIdx.x % 32, rows = fa_min(WARP_ROWS, end - row0);
-  int pairs = !t->is_f32 && t->dim_stride == 1 && t->dims % 2 == 0 && t->row_stride % 2 == 0 && (uint64_t)t->row0_gmem % 4 == 0;
+  int64_t at = row0 * t->row_stride + lane * t->dim_stride;
 #pragma unroll 4
-  for (int i = 0; i < rows; i++)
-    for (int column = 2 * lane; column < t->dims; column += 64) {
-      float x = o_smem[i * O_PITCH + column], y = o_smem[i * O_PITCH + column + 1];
-      int64_t at = (row0 + i) * t->row_stride + column * t->dim_stride;
-      if (pairs) {
-        ((uint32_t *)t->row0_gmem)[at / 2] = fa_pack(x, y);
-      } else {
-        store_one(t, at, x);
-        if (column + 1 < t->dims) store_one(t, at + t->dim_stride, y);
-      }
+  for (int i = 0; i < rows; i++, at += t->row_stride)
+#pragma unroll
+    for (int c = 0; c < DIM_V; c += 32)
+      if (lane + c < t->dims) store_one(t, at + c * t->dim_stride, o_smem[i * O_PITCH + lane + c]);
+}
+
+/* Whole 16-byte chunks: the warp's rows from a tile of out's type in shared memory. */
+FA_INLINE void store_chunks(const row_target *t, uint32_t o_smem, int warp_row, int row0, int end) {
+  int lane = threadIdx.x % 32, row_chunks = V_ROW_BYTES / 16;
+#pragma unroll
+  for (int i = 0; i < WARP_ROWS * row_chunks / 32; i++) {
+    int row = (lane + 32 * i) / row_chunks, chunk = (lane + 32 * i) % row_chunks;
+    uint32_t r[4];
+    ld_shared_v4(r, fa_chunk_address(o_smem, warp_row + row, chunk, V_ROW_BYTES));
+    if (row0 + row < end && chunk * CHUNK_ELEMENTS < t->dims)
+      *(uint4 *)(t->row0_gmem + ((row0 + row) * t->row_stride + chunk * CHUNK_ELEMENTS) * ELEMENT_BYTES) = make_uint4(r[0], r[1], r[2], r[3]);
+  }
+}
+
+/* One row of a lane's fragments, times `factor`, into a tile of out's type. A factor of 0 makes zeros of everything. */
+FA_INLINE void stage_row(uint32_t o_smem, int row, float o[V_FRAGS][4], int r, float factor) {
+  int quad = threadIdx.x % 4;
+#pragma unroll
+  for (int d = 0; d < V_FRAGS; d++) {
+    float x = factor == 0.0f ? 0.0f : o[d][2 * r] * factor, y = factor == 0.0f ? 0.0f : o[d][2 * r + 1] * factor;
+    if (DTYPE == FA_ARG_F32) {
+      uint32_t at = fa_chunk_address(o_smem, row, 2 * d + (quad >> 1), V_ROW_BYTES) + (quad & 1) * 8;
+      st_shared_b32(at, __float_as_uint(x));
+      st_shared_b32(at + 4, __float_as_uint(y));
+    } else {
+      st_shared_b32(fa_chunk_address(o_smem, row, d, V_ROW_BYTES) + quad * 4, fa_pack(x, y));
     }
+  }
 }
 
 /* Passes ABOVE and BELOW: an infinity where O, a sum of weights of infinite values, is positive. A lane touches what it has stored itself. */
@@ -366,7 +397,7 @@ FA_INLINE void store_infinities(const row_target *t, const float *o_smem, int ro
 #pragma unroll 1
   for (int i = 0; i < rows; i++)
 #pragma unroll 1
-    for (int column = 2 * lane; column < t->dims; column += column % 2 ? 63 : 1) {
+    for (int column = lane; column < t->dims; column += 32) {
       int64_t at = (row0 + i) * t->row_stride + column * t->dim_stride;
       if (!(o_smem[i * O_PITCH + column] > 0.0f)) continue;
       float before = fa_load_f32(t->row0_gmem, t->is_f32 ? FA_ARG_F32 : DTYPE, at);
@@ -376,14 +407,18 @@ FA_INLINE void store_infinities(const row_target *t, const float *o_smem, int ro
 
 /* Divides by the sums and writes out and lse, or this split's part of them, through shared memory. Rows past len_q that have a place in the
  * tensors get 0 and -infinity. */
-FA_INLINE void finish(warp_state *w, const fa_forward_args *args, const fa_tile *tile, float *o_smem, int pass) {
+FA_INLINE void finish(warp_state *w, const fa_forward_args *args, const fa_tile *tile, unsigned char *shared, int pass) {
   const fa_arg_problem *p = &args->problem;
   int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * WARP_ROWS, row0 = tile->m0 + warp_row, partial = args->splits > 1;
   int64_t part = tile->split * fa_statistics_rows(p) + fa_statistics_row(p, tile, 0);
   char *lse_gmem = partial ? (char *)args->partial_lse + part * 4 : fa_head_base(&args->lse, 4, tile->b, tile->h, tile->q_start);
   int64_t lse_stride = partial ? 1 : args->lse.s;
   float sink = partial ? MINUS_INFINITY : fa_sink_of_head(p, tile->h);
-  o_smem += warp_row * O_PITCH;
+  row_target target = {fa_head_base(&args->out, ELEMENT_BYTES, tile->b, tile->h, tile->q_start), args->out.s, args->out.d, p->dim_v,
+                       DTYPE == FA_ARG_F32};
+  int whole_chunks = !partial && pass <= FINITE && target.dim_stride == 1 && p->dim_v % CHUNK_ELEMENTS == 0 &&
+                     target.row_stride % CHUNK_ELEMENTS == 0 && (uint64_t)target.row0_gmem % 16 == 0;
+  float *o_smem = (float *)shared + warp_row * O_PITCH;
 #pragma unroll
   for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
@@ -398,20 +433,24 @@ FA_INLINE void finish(warp_state *w, const fa_forward_args *args, const fa_tile 
         lse = larger + __logf(total);
       }
       if (lane % 4 == 0 && row0 + row < tile->slot_q) ((float *)lse_gmem)[(row0 + row) * lse_stride] = lse;
+      if (whole_chunks) {
+        stage_row(smem_address(shared), warp_row + row, w->o[m], r, factor);
+      } else {
 #pragma unroll
-      for (int d = 0; d < V_FRAGS; d++)
+        for (int d = 0; d < V_FRAGS; d++)
 #pragma unroll
-        for (int e = 0; e < 2; e++)
-          o_smem[row * O_PITCH + 8 * d + 2 * (lane & 3) + e] = factor == 0.0f ? 0.0f : w->o[m][d][2 * r + e] * factor;
+          for (int e = 0; e < 2; e++)
+            o_smem[row * O_PITCH + 8 * d + 2 * (lane & 3) + e] = factor == 0.0f ? 0.0f : w->o[m][d][2 * r + e] * factor;
+      }
     }
-  __syncwarp(); /* a warp reads back its own rows only */
-  row_target target = {fa_head_base(&args->out, ELEMENT_BYTES, tile->b, tile->h, tile->q_start), args->out.s, args->out.d, p->dim_v,
-                       DTYPE == FA_ARG_F32};
   if (partial) {
     row_target f32 = {(char *)args->partial_out + part * p->dim_v * 4, p->dim_v, 1, p->dim_v, 1};
     target = f32;
   }
-  if (pass <= FINITE)
+  __syncwarp(); /* a warp reads back its own rows only; all warps of a CTA use the same one of the two layouts */
+  if (whole_chunks)
+    store_chunks(&target, smem_address(shared), warp_row, row0, tile->slot_q);
+  else if (pass <= FINITE)
     store_rows(&target, o_smem, row0, tile->slot_q);
   else
     store_infinities(&target, o_smem, row0, tile->slot_q, pass);
@@ -420,7 +459,7 @@ FA_INLINE void finish(warp_state *w, const fa_forward_args *args, const fa_tile 
 extern "C" __global__ void __launch_bounds__(THREADS, CTAS) fwd_sm80(const __grid_constant__ fa_forward_args args) {
   extern __shared__ __align__(128) unsigned char shared[];
   fa_tile tile;
-  if (!fa_find_query_tile(&args.problem, args.tiles, args.splits, BLOCK_M, &tile) || tile.m0 >= tile.slot_q) return;
+  if (!fa_find_query_tile(&args.problem, args.tiles, args.splits, BLOCK_M, &tile)) return;
 #pragma unroll 1
   for (int pass = PLAIN; pass < PASSES; pass++) {
     warp_state w;
@@ -429,7 +468,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) fwd_sm80(const __gri
     int again = __syncthreads_or(pass == PLAIN && has_nan(&w));
     if (pass == PLAIN && again) continue;
     fa_find_query_tile(&args.problem, args.tiles, args.splits, BLOCK_M, &tile); /* found anew, to hold no registers until here */
-    finish(&w, &args, &tile, (float *)shared, pass);
+    finish(&w, &args, &tile, shared, pass);
     if (pass == PLAIN) break;
     __syncthreads(); /* O has left shared memory before the next pass fills it */
   }

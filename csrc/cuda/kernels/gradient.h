@@ -17,6 +17,18 @@
 
 /* ---- where a CTA's tile lies ---- */
 
+/* Packed: keys behind the last sequence are written as padding, like fa_slack_tile. */
+FA_INLINE int fa_slack_keys(const fa_arg_problem *p, int n0, fa_tile *tile) {
+  int64_t start = fa_max(0, p->cu_k.data[p->batch * p->cu_k.stride]);
+  tile->b = p->batch;
+  tile->m0 = n0;
+  tile->q_start = 0;
+  tile->k_start = start;
+  tile->slot_q = tile->len_q = tile->len_k = 0;
+  tile->slot_k = (int)(p->total_k - start);
+  return start + n0 < p->total_k;
+}
+
 /* The tile of keys of this CTA: m0 counts keys, h is a key head. The grid counts, from the fastest: tile, key head, batch entry; when packed the
  * tiles of all sequences come in one row. The first tile comes first: under a causal mask it is the longest. */
 FA_INLINE int fa_find_key_tile(const fa_arg_problem *p, int tiles, int keys, fa_tile *tile) {
@@ -25,10 +37,13 @@ FA_INLINE int fa_find_key_tile(const fa_arg_problem *p, int tiles, int keys, fa_
   tile->split = 0;
   tile->h = (int)(left % (unsigned)p->heads_k);
   tile->b = (int)(left / (unsigned)p->heads_k);
-  if (p->packed && !fa_find_sequence(p->cu_k, p->batch, keys, index, &tile->b, &index, &count)) return 0;
   tile->m0 = index * keys;
+  if (p->packed) {
+    if (!fa_find_sequence(p->cu_k, p->batch, keys, index, &tile->b, &index, &count)) return fa_slack_keys(p, index * keys, tile);
+    tile->m0 = index * keys;
+  }
   fa_read_lengths(p, tile);
-  return 1;
+  return tile->m0 < tile->slot_k;
 }
 
 /* False when the block mask rules out the whole tile. Tiles never straddle two blocks: the plan sees to it. */
@@ -43,35 +58,31 @@ FA_INLINE int fa_in_block_mask(const fa_arg_problem *p, int b, int h, int m0, in
 typedef struct {
   fa_score_head score;
   fa_philox_key dropout;
-  fa_rule rule;
-  REAL keep_scale;
-  float scale_log2; /* scale * log2(e) */
   int b, h, len_q, len_k;
 } fa_gradient_head;
 
-FA_INLINE fa_gradient_head fa_gradient_of_head(const fa_arg_problem *p, const fa_tile *tile) {
+FA_INLINE fa_gradient_head fa_gradient_of_head(const fa_arg_problem *p, const fa_tile *tile, int h) {
   fa_gradient_head head;
-  head.score = fa_score_of_head(p, tile);
+  fa_tile query_head = *tile;
+  query_head.h = h;
+  head.score = fa_score_of_head(p, &query_head);
   if (DROPOUT) head.dropout = fa_dropout_key_of(p);
-  head.rule = p->rule;
-  head.keep_scale = (REAL)p->keep_scale;
-  head.scale_log2 = (float)p->scale * LOG2E;
   head.b = tile->b;
-  head.h = tile->h;
+  head.h = h;
   head.len_q = tile->len_q;
   head.len_k = tile->len_k;
   return head;
 }
 
 /* The keys that row i sees by the causal and window rules; none past the end of the sequence. */
-FA_INLINE fa_range fa_keys_of_row(const fa_gradient_head *head, int i) {
-  fa_range keys = {fa_row_lo(head->rule, head->len_q, head->len_k, i), i < head->len_q ? fa_row_hi(head->rule, head->len_q, head->len_k, i) : 0};
+FA_INLINE fa_range fa_keys_of_row(const fa_arg_problem *p, const fa_gradient_head *head, int i) {
+  fa_range keys = {fa_row_lo(p->rule, head->len_q, head->len_k, i), i < head->len_q ? fa_row_hi(p->rule, head->len_q, head->len_k, i) : 0};
   return keys;
 }
 
 /* 1 when every row of [m0, m0 + rows) that exists sees every key of [n0, n0 + columns). */
-FA_INLINE int fa_tile_is_full(const fa_gradient_head *head, int m0, int rows, int n0, int columns) {
-  fa_range keys = fa_unmasked_keys(head->rule, head->len_q, head->len_k, m0, fa_min(m0 + rows, head->len_q));
+FA_INLINE int fa_tile_is_full(const fa_arg_problem *p, const fa_gradient_head *head, int m0, int rows, int n0, int columns) {
+  fa_range keys = fa_unmasked_keys(p->rule, head->len_q, head->len_k, m0, fa_min(m0 + rows, head->len_q));
   return keys.lo <= n0 && n0 + columns <= keys.hi;
 }
 
@@ -93,7 +104,7 @@ FA_INLINE REAL fa_gradient_of_pair(const fa_arg_problem *p, const fa_gradient_he
     if (head->score.softcap != 0) slope_of_cap = 1 - (capped / head->score.softcap) * (capped / head->score.softcap);
     score = capped + shift;
   }
-  REAL weight = visible ? fa_weight(score, lse) : 0, kept = dropped ? 0 : DROPOUT ? head->keep_scale : 1;
+  REAL weight = visible ? fa_weight(score, lse) : 0, kept = dropped ? 0 : DROPOUT ? (REAL)p->keep_scale : 1;
   *dp = visible ? weight * ((dropped ? 0 : *dp * kept) - delta) : 0;
   *s = dropped ? 0 : weight * kept;
   return visible ? slope_of_cap : 0;

@@ -27,31 +27,41 @@ FA_INLINE int fa_has_nonfinite(float s[][4], int count) {
 
 /* What a caller wants besides P and dS. */
 typedef struct {
-  int before_cap;        /* dS as the gradient of the bias, not of q and k */
-  float *distance_sum;   /* receives -dS * |i + off - j| summed, the gradient of the slope; or 0 */
+  int before_cap;      /* dS as the gradient of the bias, not of q and k */
+  float *distance_sum; /* receives -dS * |i + off - j| summed, the gradient of the slope; or 0 */
 } fa_gradient_wish;
 
-/* s: products q.k, becomes P. dp: products dout.v, becomes dS. `row` is this lane's row g within the sequence, column0 the first key of
- * the fragments, `full` whether all pairs are visible by the rule. */
-FA_INLINE void fa_gradient_fragments(float s[][4], float dp[][4], int count, const fa_arg_problem *p, const fa_gradient_head *head, int row,
-                                     int column0, int full, const float lse[2], const float delta[2], fa_gradient_wish wish) {
-  int q = threadIdx.x & 3;
-  fa_range keys[2];
+/* The plain form: no score changes, no dropout. Invisible pairs are cleared afterwards, in the tiles that have any. */
+FA_INLINE void fa_plain_gradient(float s[][4], float dp[][4], int count, float scale_log2, const float lse[2], const float delta[2]) {
 #pragma unroll
-  for (int r = 0; r < 2; r++) keys[r] = fa_keys_of_row(head, row + 8 * r);
+  for (int n = 0; n < count; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      s[n][e] = ex2_approx(__fmaf_rn(s[n][e], scale_log2, -lse[e >> 1]));
+      dp[n][e] = s[n][e] * (dp[n][e] - delta[e >> 1]);
+    }
+}
+
+FA_INLINE void fa_clear_invisible(float s[][4], float dp[][4], int count, const fa_range keys[2], int column) {
+#pragma unroll
+  for (int n = 0; n < count; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      int j = column + 8 * n + (e & 1);
+      if (j < keys[e >> 1].lo || j >= keys[e >> 1].hi) s[n][e] = dp[n][e] = 0.0f;
+    }
+}
+
+/* The general form. */
+FA_INLINE void fa_changed_gradient(float s[][4], float dp[][4], int count, const fa_arg_problem *p, const fa_gradient_head *head, int row,
+                                   const fa_range keys[2], int column, const float lse[2], const float delta[2], fa_gradient_wish wish) {
 #pragma unroll
   for (int n = 0; n < count; n++) {
     uint32_t word[4];
-    if (DROPOUT) fa_fragment_words(head->dropout, head->b, head->h, row, column0 + 8 * n, word);
+    if (DROPOUT) fa_fragment_words(head->dropout, head->b, head->h, row, (column & ~7) + 8 * n, word);
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-      int r = e >> 1, i = row + 8 * r, j = column0 + 8 * n + 2 * q + (e & 1);
-      if (!SCORE && !DROPOUT && full) {
-        s[n][e] = ex2_approx(__fmaf_rn(s[n][e], head->scale_log2, -lse[r]));
-        dp[n][e] = s[n][e] * (dp[n][e] - delta[r]);
-        continue;
-      }
-      int visible = full ? !SCORE || i < head->len_q : j >= keys[r].lo && j < keys[r].hi;
+      int r = e >> 1, i = row + 8 * r, j = column + 8 * n + (e & 1), visible = j >= keys[r].lo && j < keys[r].hi;
       float slope_of_cap = fa_gradient_of_pair(p, head, &s[n][e], &dp[n][e], visible, i, j, lse[r], delta[r],
                                                DROPOUT && word[e] < p->dropout_threshold);
       if (SCORE && wish.distance_sum) {
@@ -60,6 +70,20 @@ FA_INLINE void fa_gradient_fragments(float s[][4], float dp[][4], int count, con
       }
       if (SCORE && !wish.before_cap) dp[n][e] *= slope_of_cap;
     }
+  }
+}
+
+/* s: products q.k, becomes P. dp: products dout.v, becomes dS. `row` is this lane's row g within the sequence, column0 the first key of
+ * the fragments, `full` whether all pairs are visible by the rule. */
+FA_INLINE void fa_gradient_fragments(float s[][4], float dp[][4], int count, const fa_arg_problem *p, const fa_gradient_head *head, int row,
+                                     int column0, int full, const float lse[2], const float delta[2], fa_gradient_wish wish) {
+  int column = column0 + 2 * (threadIdx.x & 3);
+  fa_range keys[2] = {fa_keys_of_row(p, head, row), fa_keys_of_row(p, head, row + 8)};
+  if (SCORE || DROPOUT) {
+    fa_changed_gradient(s, dp, count, p, head, row, keys, column, lse, delta, wish);
+  } else {
+    fa_plain_gradient(s, dp, count, (float)p->scale * LOG2E, lse, delta);
+    if (!full) fa_clear_invisible(s, dp, count, keys, column);
   }
 }
 

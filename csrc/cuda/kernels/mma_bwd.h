@@ -20,6 +20,13 @@ typedef struct {
   int by, at, row_bytes;
 } fa_tile_operand;
 
+/* x, about which the compiler knows nothing any more: it then computes addresses anew for each product instead of carrying them, one register
+ * each, around the loop over tiles. */
+FA_INLINE uint32_t fa_opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 FA_INLINE uint32_t fa_ld_element(uint32_t tile_smem, int row, int column, int row_bytes) {
   uint32_t chunk_smem = fa_chunk_address(tile_smem, row, column / CHUNK_ELEMENTS, row_bytes);
   uint32_t word = ld_shared_b32(chunk_smem + (column % CHUNK_ELEMENTS * ELEMENT_BYTES & ~3));
@@ -27,8 +34,8 @@ FA_INLINE uint32_t fa_ld_element(uint32_t tile_smem, int row, int column, int ro
 }
 
 /* Sixteen rows of A, `first` rows after its start, and step `step` of k. */
-FA_INLINE void fa_load_operand_a(fa_operand_a *a, fa_tile_operand t, int b_by, int first, int step) {
-  int lane = threadIdx.x % 32, g = lane >> 2, k = 8 * step + 2 * (lane & 3);
+FA_INLINE void fa_load_operand_a(fa_operand_a *a, fa_tile_operand t, int b_by, int lane, int first, int step) {
+  int g = lane >> 2, k = 8 * step + 2 * (lane & 3);
   if (t.by == FA_BY_ROWS && (DTYPE != FA_ARG_F32 || b_by == FA_BY_ROWS)) {
     fa_load_a(a, t.smem, fa_lane_rows_first(lane, t.row_bytes), t.at + first, step, t.row_bytes);
   } else if (DTYPE == FA_ARG_F32) {
@@ -41,31 +48,33 @@ FA_INLINE void fa_load_operand_a(fa_operand_a *a, fa_tile_operand t, int b_by, i
     int chunk = (t.at + first) / 8;
     ldmatrix_x4_trans(a->r, fa_lane_address(t.smem, fa_lane_chunks_first(lane, t.row_bytes), 16 * step, chunk, t.row_bytes));
   }
-  fa_split_a(a);
 }
 
 /* Two groups of eight columns of acc, `first` after B's start (a multiple of 16). */
-FA_INLINE void fa_load_operand_b(fa_operand_b b[2], fa_tile_operand t, int first, int step) {
-  int lane = threadIdx.x % 32;
+FA_INLINE void fa_load_operand_b(fa_operand_b b[2], fa_tile_operand t, int lane, int first, int step) {
   if (t.by == FA_BY_ROWS)
     fa_load_b_rows(b, t.smem, fa_lane_chunks_first(lane, t.row_bytes), t.at + first, step, t.row_bytes);
   else
     fa_load_b_columns(b, t.smem, fa_lane_rows_first(lane, t.row_bytes), lane, step, (t.at + first) / 16, t.row_bytes);
-  fa_split_b(&b[0]);
-  fa_split_b(&b[1]);
 }
 
 /* acc[m * n_count + n] += A B for m_count fragments of 16 rows and n_count of 8 columns; k is the length of the contraction. */
 FA_INLINE void fa_product(float acc[][4], int m_count, int n_count, int k, fa_tile_operand a_tile, fa_tile_operand b_tile) {
+  int lane = (int)fa_opaque(threadIdx.x % 32);
 #pragma unroll
   for (int step = 0; step < k / FA_STEP_ROWS; step++) {
     fa_operand_a a[4];
 #pragma unroll
-    for (int m = 0; m < m_count; m++) fa_load_operand_a(&a[m], a_tile, b_tile.by, 16 * m, step);
+    for (int m = 0; m < m_count; m++) {
+      fa_load_operand_a(&a[m], a_tile, b_tile.by, lane, 16 * m, step);
+      fa_split_a(&a[m]);
+    }
 #pragma unroll
     for (int n = 0; n < n_count; n += 2) {
       fa_operand_b b[2];
-      fa_load_operand_b(b, b_tile, 8 * n, step);
+      fa_load_operand_b(b, b_tile, lane, 8 * n, step);
+      fa_split_b(&b[0]);
+      fa_split_b(&b[1]);
 #pragma unroll
       for (int m = 0; m < m_count; m++) {
         fa_mma(acc[m * n_count + n], &a[m], &b[0]);
@@ -75,31 +84,72 @@ FA_INLINE void fa_product(float acc[][4], int m_count, int n_count, int k, fa_ti
   }
 }
 
-FA_INLINE float fa_element_to_float(uint32_t bits) {
-  return DTYPE == FA_ARG_F32 ? __uint_as_float(bits) : DTYPE == FA_ARG_BF16 ? __uint_as_float(bits << 16) : cvt_f32_f16((uint16_t)bits);
+/* ---- data that is not finite ----
+ *
+ * 0 * NaN is NaN, so a pair that is not visible, with P = dS = 0, would still spoil a gradient. In tiles with such pairs and such data every
+ * number of B is taken as its finite part (0 if it has none), and a second product of flags, "A is not 0" times "B is not finite",
+ * counts the NaN that are due. */
+
+#define ONE_BITS (DTYPE == FA_ARG_F32 ? 0x3F800000u : DTYPE == FA_ARG_BF16 ? 0x3F80u : 0x3C00u)
+#define EXPONENT_BITS (DTYPE == FA_ARG_F32 ? 0x7F800000u : DTYPE == FA_ARG_BF16 ? 0x7F80u : 0x7C00u)
+#define SIGN_BIT (DTYPE == FA_ARG_F32 ? 0x80000000u : 0x8000u)
+
+/* One element, or two in a word of 16-bit ones: 1 where it is not 0. */
+FA_INLINE uint32_t fa_flag_nonzero(uint32_t word) {
+  if (DTYPE == FA_ARG_F32) return word & ~SIGN_BIT ? ONE_BITS : 0;
+  return (word & 0x7FFFu ? ONE_BITS : 0) | (word & 0x7FFF0000u ? ONE_BITS << 16 : 0);
 }
 
-/* The same for B by columns, where an element of A that is 0 says "no such pair" and takes nothing from B, not even NaN. For tiles with
- * invisible pairs and data that is not finite: rare, so it is plain and slow. */
+/* Likewise: 1 where it is infinite or NaN. *word keeps the finite ones. */
+FA_INLINE uint32_t fa_flag_nonfinite(uint32_t *word) {
+  uint32_t high = EXPONENT_BITS << (DTYPE == FA_ARG_F32 ? 0 : 16), flags = 0;
+  if (DTYPE != FA_ARG_F32 && (*word & EXPONENT_BITS) == EXPONENT_BITS) {
+    flags = ONE_BITS;
+    *word &= 0xFFFF0000u;
+  }
+  if ((*word & high) == high) {
+    flags |= ONE_BITS << (DTYPE == FA_ARG_F32 ? 0 : 16);
+    *word &= DTYPE == FA_ARG_F32 ? 0u : 0x0000FFFFu;
+  }
+  return flags;
+}
+
+/* The flags of one step. Sets d to NaN where one is due, and leaves the finite part in b: the true product comes after. */
+FA_INLINE void fa_mma_flags(float d[4], const fa_operand_a *a, fa_operand_b *b) {
+  uint32_t a_flags[4], b_flags[2];
+  float due[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int i = 0; i < 4; i++) a_flags[i] = fa_flag_nonzero(a->r[i]);
+#pragma unroll
+  for (int i = 0; i < 2; i++) b_flags[i] = fa_flag_nonfinite(&b->r[i]);
+  fa_mma_exact(due, a_flags, b_flags);
+#pragma unroll
+  for (int e = 0; e < 4; e++)
+    if (due[e] > 0.0f) d[e] = __int_as_float(0x7fffffff);
+}
+
+/* fa_product, in which an element of A that is 0 takes nothing from B, not even NaN. */
 FA_INLINE void fa_product_exact(float acc[][4], int m_count, int n_count, int k, fa_tile_operand a_tile, fa_tile_operand b_tile) {
-  int lane = threadIdx.x % 32, g = lane >> 2, q = lane & 3;
+  int lane = (int)fa_opaque(threadIdx.x % 32);
+#pragma unroll
+  for (int m = 0; m < m_count; m++)
+#pragma unroll
+    for (int n = 0; n < n_count; n += 2) {
 #pragma unroll 1
-  for (int i = 0; i < k; i++) {
+      for (int step = 0; step < k / FA_STEP_ROWS; step++) {
+        fa_operand_a a;
+        fa_operand_b b[2];
+        fa_load_operand_a(&a, a_tile, b_tile.by, lane, 16 * m, step);
+        fa_load_operand_b(b, b_tile, lane, 8 * n, step);
+        fa_split_a(&a);
 #pragma unroll
-    for (int n = 0; n < n_count; n++) {
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        float b = fa_element_to_float(fa_ld_element(b_tile.smem, i, b_tile.at + 8 * n + 2 * q + (e & 1), b_tile.row_bytes));
-#pragma unroll
-        for (int m = 0; m < m_count; m++) {
-          int row = a_tile.at + 16 * m + g + 8 * (e >> 1);
-          float a = fa_element_to_float(a_tile.by == FA_BY_ROWS ? fa_ld_element(a_tile.smem, row, i, a_tile.row_bytes)
-                                                                : fa_ld_element(a_tile.smem, i, row, a_tile.row_bytes));
-          if (a != 0.0f) acc[m * n_count + n][e] = __fmaf_rn(a, b, acc[m * n_count + n][e]);
+        for (int half = 0; half < 2; half++) {
+          fa_mma_flags(acc[m * n_count + n + half], &a, &b[half]);
+          fa_split_b(&b[half]);
+          fa_mma(acc[m * n_count + n + half], &a, &b[half]);
         }
       }
     }
-  }
 }
 
 /* Rows g and g + 8 of `count` fragments into a tile of the same element type. */

@@ -34,6 +34,10 @@ FA_INLINE uint32_t ld_shared_b32(uint32_t src_smem) {
   return r;
 }
 
+FA_INLINE void ld_shared_v4(uint32_t r[4], uint32_t src_smem) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(src_smem) : "memory");
+}
+
 /* Four 8x8 matrices of 16-bit elements; lane l names row l % 8 of matrix l / 8. r[i] holds, of matrix i, row lane / 4, elements 2 * (lane % 4)
  * and the next. On 32-bit elements the same instruction gives row lane / 4, element lane % 4 of an 8x4 matrix. */
 FA_INLINE void ldmatrix_x4(uint32_t r[4], uint32_t row_smem) {

@@ -108,7 +108,9 @@ FA_INLINE fa_philox_key fa_dropout_key_of(const fa_arg_problem *p) {
 }
 
 FA_INLINE int fa_is_dropped(const fa_arg_problem *p, fa_philox_key key, int b, int h, int i, int j) {
-  return fa_dropout_words(key, b, h, i, j >> 2).word[j & 3] < p->dropout_threshold;
+  fa_philox_block block = fa_dropout_words(key, b, h, i, j >> 2);
+  uint32_t even = j & 2 ? block.word[2] : block.word[0], odd = j & 2 ? block.word[3] : block.word[1];
+  return (j & 1 ? odd : even) < p->dropout_threshold;
 }
 
 /* The random words of the four elements of an accumulator fragment whose row g is row `row` of the sequence (so its other row is row + 8) and

@@ -24,28 +24,37 @@ FA_INLINE float fa_quad_sum(float x) {
   return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
 }
 
-/* The weights exp2(score * to_log2 - max) of two rows (g and g + 8) of `count` fragments, in place. Updates the running maxima and this
- * lane's part of the sums. *rescale receives what the rows' accumulated output has to be multiplied with. to_log2 is positive. */
-FA_INLINE void fa_softmax_rows(float s[][4], int count, float to_log2, float max[2], float sum[2], float rescale[2]) {
+/* The running maxima of two rows (g and g + 8) after `count` more fragments of scores, and what the rows' sums and accumulated output have to be
+ * multiplied with. to_log2 is positive. */
+FA_INLINE void fa_move_maxima(float s[][4], int count, float to_log2, float max[2], float rescale[2]) {
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     float top = s[0][2 * r];
 #pragma unroll
     for (int n = 0; n < count; n++) top = fmaxf(top, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
     top = fa_quad_max(top) * to_log2;
-    float old = max[r];
-    max[r] = top > old + LAZY ? top : old;
-    /* A row that has seen no key keeps -inf; its weights are exp2(-inf - 0) = 0. */
-    float shift = max[r] == MINUS_INFINITY ? 0.0f : max[r];
-    rescale[r] = ex2_approx(old - shift);
-    float total = 0.0f;
-#pragma unroll
-    for (int n = 0; n < count; n++) {
-      s[n][2 * r] = ex2_approx(__fmaf_rn(s[n][2 * r], to_log2, -shift));
-      s[n][2 * r + 1] = ex2_approx(__fmaf_rn(s[n][2 * r + 1], to_log2, -shift));
-      total += s[n][2 * r] + s[n][2 * r + 1];
+    rescale[r] = 1.0f;
+    if (top > max[r] + LAZY) {
+      rescale[r] = ex2_approx(max[r] - top);
+      max[r] = top;
     }
-    sum[r] = sum[r] * rescale[r] + total;
+  }
+}
+
+/* Scores become weights exp2(score * to_log2 - max), and sum[] grows by this lane's part of them. A row that has seen no key has the
+ * maximum -infinity: its weights are exp2(-infinity - 0) = 0. */
+FA_INLINE void fa_weigh(float s[][4], int count, float to_log2, const float max[2], float sum[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    float shift = max[r] == MINUS_INFINITY ? 0.0f : max[r], total = 0.0f;
+#pragma unroll
+    for (int n = 0; n < count; n++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        s[n][2 * r + e] = ex2_approx(__fmaf_rn(s[n][2 * r + e], to_log2, -shift));
+        total += s[n][2 * r + e];
+      }
+    sum[r] += total;
   }
 }
 

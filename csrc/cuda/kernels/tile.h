@@ -42,8 +42,8 @@ FA_INLINE void fa_read_lengths(const fa_arg_problem *p, fa_tile *tile) {
   if (p->used_k.data) tile->len_k = fa_max(0, fa_min(tile->len_k, p->used_k.data[tile->b * p->used_k.stride]));
 }
 
-/* Packed: the sequence that holds tile number `index` when each sequence is cut into tiles of `rows` positions of cu. Returns 0 past the last
- * tile. All lanes of a warp take part and agree. */
+/* Packed: the sequence that holds tile number `index` when each sequence is cut into tiles of `rows` positions of cu. Past the last tile: returns
+ * 0, and *tile_in_sequence counts from there. All lanes of a warp take part and agree. */
 FA_INLINE int fa_find_sequence(fa_arg_ints cu, int batch, int rows, int index, int *b, int *tile_in_sequence, int *tiles_of_sequence) {
   int lane = threadIdx.x % 32, left = index;
   for (int base = 0; base < batch; base += 32) {
@@ -64,7 +64,21 @@ FA_INLINE int fa_find_sequence(fa_arg_ints cu, int batch, int rows, int index, i
     }
     left -= __shfl_sync(0xFFFFFFFFu, through, 31);
   }
+  *tile_in_sequence = left;
   return 0;
+}
+
+/* Packed: rows behind the last sequence belong to nobody and are written as padding: one more sequence of which nothing is used. */
+FA_INLINE int fa_slack_tile(const fa_arg_problem *p, int index, int rows, fa_tile *tile) {
+  int64_t start = fa_max(0, p->cu_q.data[p->batch * p->cu_q.stride]);
+  if (start + (int64_t)index * rows >= p->total_q) return 0;
+  tile->b = p->batch;
+  tile->m0 = index * rows;
+  tile->q_start = start;
+  tile->k_start = 0;
+  tile->slot_q = (int)(p->total_q - start);
+  tile->slot_k = tile->len_q = tile->len_k = 0;
+  return 1;
 }
 
 /* The tile of query rows of this CTA. The grid counts, from the fastest: tile, split, head, batch entry; when packed the tiles of all
@@ -77,10 +91,10 @@ FA_INLINE int fa_find_query_tile(const fa_arg_problem *p, int tiles, int splits,
   left /= (unsigned)splits;
   tile->h = (int)(left % (unsigned)p->heads_q);
   tile->b = (int)(left / (unsigned)p->heads_q);
-  if (p->packed && !fa_find_sequence(p->cu_q, p->batch, rows, index, &tile->b, &index, &count)) return 0;
+  if (p->packed && !fa_find_sequence(p->cu_q, p->batch, rows, index, &tile->b, &index, &count)) return fa_slack_tile(p, index, rows, tile);
   tile->m0 = (count - 1 - index) * rows;
   fa_read_lengths(p, tile);
-  return 1;
+  return tile->m0 < tile->slot_q;
 }
 
 /* Row of a sequence in the workspace's arrays of statistics: (batch, heads_q, seqlen_q), or (heads_q, total_q) when packed. */

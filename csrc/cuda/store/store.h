@@ -6,7 +6,8 @@
 
 #include "../driver.h"
 
-/* A variant: a kernel file with its named constants, -DNAME=VALUE each. Constants come in a fixed order for each kernel. */
+/* A variant: a kernel file with its named constants, -DNAME=VALUE each. Constants come in a fixed order for each kernel. Strings are
+ * literals: the store keeps the pointers; the array of constants is copied. */
 typedef struct {
   const char *name;
   int value;

@@ -1,0 +1,205 @@
+/* ptx_sm90.h: one function, one PTX instruction, named as PTX names it. What sm_90a adds: mbarriers, the tensor memory accelerator (TMA),
+ * warpgroup matrix products, and register hand-over between warpgroups.
+ *
+ * Expects DTYPE (args.h). Shared-memory addresses are 32-bit, from smem_address().
+ */
+#ifndef FA_PTX_SM90_H
+#define FA_PTX_SM90_H
+
+#include "ptx.h"
+
+/* ---- mbarriers: 8 bytes of shared memory; a phase ends when all arrivals and all announced bytes have come ---- */
+
+FA_INLINE void mbarrier_init(uint32_t bar_smem, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar_smem), "r"(arrivals) : "memory");
+}
+
+/* Makes the inits above visible to the TMA, the asynchronous proxy. */
+FA_INLINE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+FA_INLINE void mbarrier_arrive(uint32_t bar_smem) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar_smem) : "memory"); }
+
+FA_INLINE void mbarrier_arrive_expect_tx(uint32_t bar_smem, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar_smem), "r"(bytes) : "memory");
+}
+
+/* Returns once the phase of this parity is over. On a fresh barrier parity 1 counts as over. */
+FA_INLINE void mbarrier_wait_parity(uint32_t bar_smem, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred over;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n"
+      "@!over bra again;\n"
+      "}" ::"r"(bar_smem),
+      "r"(parity)
+      : "memory");
+}
+
+/* ---- named barriers, 0 is __syncthreads ---- */
+
+FA_INLINE void bar_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+FA_INLINE void bar_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+/* ---- TMA: boxes of a tensor of rank 4 between global and shared memory ---- */
+
+typedef struct __align__(64) {
+  unsigned char opaque[128]; /* as cuTensorMapEncodeTiled wrote it */
+} fa_tma_map;
+
+FA_INLINE void prefetch_tensormap(const fa_tma_map *map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+
+/* The barrier receives the bytes of the whole box, also where the box leaves the tensor: that part arrives as zeros. */
+FA_INLINE void cp_async_bulk_tensor_load(uint32_t dst_smem, const fa_tma_map *map, uint32_t bar_smem, int c0, int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst_smem),
+               "l"(map), "r"(bar_smem), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+               : "memory");
+}
+
+/* Nothing is written outside the tensor. */
+FA_INLINE void cp_async_bulk_tensor_store(const fa_tma_map *map, uint32_t src_smem, int c0, int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map), "r"(src_smem), "r"(c0), "r"(c1),
+               "r"(c2), "r"(c3)
+               : "memory");
+}
+
+FA_INLINE void cp_async_bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+/* This thread's stores have read their shared memory, or have reached global memory. */
+FA_INLINE void cp_async_bulk_wait_group_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+FA_INLINE void cp_async_bulk_wait_group() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+/* This thread's ordinary writes to shared memory come before what the TMA and wgmma read after the next barrier. */
+FA_INLINE void fence_proxy_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+/* Four 8x8 matrices of 16-bit elements, the inverse of ldmatrix_x4. */
+FA_INLINE void stmatrix_x4(uint32_t row_smem, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_smem), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory");
+}
+
+FA_INLINE int4 ld_shared_v4(uint32_t src_smem) {
+  int4 r;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(src_smem) : "memory");
+  return r;
+}
+
+/* Volatile: read anew where it is asked for, so that nothing computed from it is kept in registers through a long loop. */
+FA_INLINE int laneid() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
+/* ---- registers between warpgroups; every warp of the warpgroup takes part ---- */
+
+#define setmaxnreg_dec(registers) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers))
+#define setmaxnreg_inc(registers) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers))
+
+/* ---- wgmma: d (64 x N, f32) = or += a (64 x 16) * b (16 x N), issued by a warpgroup, done in the background ----
+ *
+ * Thread t of the warpgroup, g = t % 32 / 4, q = t % 4, holds of d the rows 16 * (t / 32) + g and that plus 8: d[4i], d[4i+1] = the first row,
+ * columns 8i + 2q and the next; d[4i+2], d[4i+3] = the second row. a in registers is laid out as for mma.m16n8k16 (ptx.h), so accumulators packed
+ * in pairs are an operand a as they stand.
+ */
+
+/* Ordinary accesses to accumulators and operand registers come before the products that follow. */
+FA_INLINE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+FA_INLINE void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+/* Waits until at most `pending` of the newest groups run. Accumulators and operands of older ones may be touched then. */
+#define wgmma_wait_group(pending) asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory")
+
+/* A matrix in shared memory made of 128-byte rows, swizzled over 1024-byte groups of 8 rows as TMA's 128-byte mode writes them. Along the
+ * direction of the rows it goes on `leading_bytes` further; only operands that run along their M or N there (transposed) use that. */
+FA_INLINE uint64_t wgmma_descriptor(uint32_t address_smem, int leading_bytes) {
+  uint32_t low = address_smem >> 4 | (uint32_t)(leading_bytes >> 4) << 16;
+  return (uint64_t)(1u << 30 | 1024 >> 4) << 32 | low;
+}
+
+/* The compiler must not move reads or writes of these registers across this point. */
+FA_INLINE void wgmma_hold(float *d, int count) {
+#pragma unroll
+  for (int i = 0; i < count; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+#if DTYPE == 4
+#define WGMMA_TYPE "bf16.bf16"
+#else
+#define WGMMA_TYPE "f16.f16"
+#endif
+
+/* Defines a function that multiplies with both operands in shared memory, or with a in registers. transpose_a, transpose_b: 1 when rows of
+ * shared memory run along M, N instead of along K. n: a row of the table below. */
+#define DEFINE_WGMMA_SS(name, n, transpose_a, transpose_b) WGMMA_SHAPE(n)(WGMMA_SS, name, transpose_a, transpose_b)
+#define DEFINE_WGMMA_RS(name, n, transpose_b) WGMMA_SHAPE(n)(WGMMA_RS, name, transpose_b)
+
+#define WGMMA_SS(n, names, registers, i0, i1, i2, i3, i4, i5, name, transpose_a, transpose_b)                                              \
+  FA_INLINE void name(float *d, uint64_t a, uint64_t b, int accumulate) {                                                                  \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i2 ", 0;\n"                                                                         \
+                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." WGMMA_TYPE " {" names "}, %" #i0 ", %" #i1 ", p, 1, 1, " #transpose_a ", " #transpose_b ";\n}" \
+                 : registers(d)                                                                                                            \
+                 : "l"(a), "l"(b), "r"(accumulate));                                                                                       \
+  }
+
+#define WGMMA_RS(n, names, registers, i0, i1, i2, i3, i4, i5, name, transpose_b)                                                            \
+  FA_INLINE void name(float *d, const uint32_t *a, uint64_t b, int accumulate) {                                                           \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i5 ", 0;\n"                                                                         \
+                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." WGMMA_TYPE " {" names "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4 ", p, 1, 1, " #transpose_b ";\n}" \
+                 : registers(d)                                                                                                            \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                                                   \
+  }
+
+/* The table: N, the names and registers of N / 2 accumulators, and the numbers of the operands that follow them. */
+#define WGMMA_SHAPE(n) WGMMA_SHAPE_OF(n)
+#define WGMMA_SHAPE_OF(n) WGMMA_SHAPE_##n
+#define WGMMA_EIGHT_NAMES(a, b, c, d, e, f, g, h) "%" #a ", %" #b ", %" #c ", %" #d ", %" #e ", %" #f ", %" #g ", %" #h
+#define WGMMA_EIGHT_REGISTERS(d, i) \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+
+#define WGMMA_NAMES_8 WGMMA_EIGHT_NAMES(0, 1, 2, 3, 4, 5, 6, 7)
+#define WGMMA_NAMES_16 WGMMA_NAMES_8 ", " WGMMA_EIGHT_NAMES(8, 9, 10, 11, 12, 13, 14, 15)
+#define WGMMA_NAMES_24 WGMMA_NAMES_16 ", " WGMMA_EIGHT_NAMES(16, 17, 18, 19, 20, 21, 22, 23)
+#define WGMMA_NAMES_32 WGMMA_NAMES_24 ", " WGMMA_EIGHT_NAMES(24, 25, 26, 27, 28, 29, 30, 31)
+#define WGMMA_NAMES_40 WGMMA_NAMES_32 ", " WGMMA_EIGHT_NAMES(32, 33, 34, 35, 36, 37, 38, 39)
+#define WGMMA_NAMES_48 WGMMA_NAMES_40 ", " WGMMA_EIGHT_NAMES(40, 41, 42, 43, 44, 45, 46, 47)
+#define WGMMA_NAMES_56 WGMMA_NAMES_48 ", " WGMMA_EIGHT_NAMES(48, 49, 50, 51, 52, 53, 54, 55)
+#define WGMMA_NAMES_64 WGMMA_NAMES_56 ", " WGMMA_EIGHT_NAMES(56, 57, 58, 59, 60, 61, 62, 63)
+#define WGMMA_NAMES_72 WGMMA_NAMES_64 ", " WGMMA_EIGHT_NAMES(64, 65, 66, 67, 68, 69, 70, 71)
+#define WGMMA_NAMES_80 WGMMA_NAMES_72 ", " WGMMA_EIGHT_NAMES(72, 73, 74, 75, 76, 77, 78, 79)
+#define WGMMA_NAMES_88 WGMMA_NAMES_80 ", " WGMMA_EIGHT_NAMES(80, 81, 82, 83, 84, 85, 86, 87)
+#define WGMMA_NAMES_96 WGMMA_NAMES_88 ", " WGMMA_EIGHT_NAMES(88, 89, 90, 91, 92, 93, 94, 95)
+#define WGMMA_NAMES_104 WGMMA_NAMES_96 ", " WGMMA_EIGHT_NAMES(96, 97, 98, 99, 100, 101, 102, 103)
+#define WGMMA_NAMES_112 WGMMA_NAMES_104 ", " WGMMA_EIGHT_NAMES(104, 105, 106, 107, 108, 109, 110, 111)
+#define WGMMA_NAMES_120 WGMMA_NAMES_112 ", " WGMMA_EIGHT_NAMES(112, 113, 114, 115, 116, 117, 118, 119)
+#define WGMMA_NAMES_128 WGMMA_NAMES_120 ", " WGMMA_EIGHT_NAMES(120, 121, 122, 123, 124, 125, 126, 127)
+
+#define WGMMA_REGISTERS_8(d) WGMMA_EIGHT_REGISTERS(d, 0)
+#define WGMMA_REGISTERS_16(d) WGMMA_REGISTERS_8(d), WGMMA_EIGHT_REGISTERS(d, 8)
+#define WGMMA_REGISTERS_24(d) WGMMA_REGISTERS_16(d), WGMMA_EIGHT_REGISTERS(d, 16)
+#define WGMMA_REGISTERS_32(d) WGMMA_REGISTERS_24(d), WGMMA_EIGHT_REGISTERS(d, 24)
+#define WGMMA_REGISTERS_40(d) WGMMA_REGISTERS_32(d), WGMMA_EIGHT_REGISTERS(d, 32)
+#define WGMMA_REGISTERS_48(d) WGMMA_REGISTERS_40(d), WGMMA_EIGHT_REGISTERS(d, 40)
+#define WGMMA_REGISTERS_56(d) WGMMA_REGISTERS_48(d), WGMMA_EIGHT_REGISTERS(d, 48)
+#define WGMMA_REGISTERS_64(d) WGMMA_REGISTERS_56(d), WGMMA_EIGHT_REGISTERS(d, 56)
+#define WGMMA_REGISTERS_72(d) WGMMA_REGISTERS_64(d), WGMMA_EIGHT_REGISTERS(d, 64)
+#define WGMMA_REGISTERS_80(d) WGMMA_REGISTERS_72(d), WGMMA_EIGHT_REGISTERS(d, 72)
+#define WGMMA_REGISTERS_88(d) WGMMA_REGISTERS_80(d), WGMMA_EIGHT_REGISTERS(d, 80)
+#define WGMMA_REGISTERS_96(d) WGMMA_REGISTERS_88(d), WGMMA_EIGHT_REGISTERS(d, 88)
+#define WGMMA_REGISTERS_104(d) WGMMA_REGISTERS_96(d), WGMMA_EIGHT_REGISTERS(d, 96)
+#define WGMMA_REGISTERS_112(d) WGMMA_REGISTERS_104(d), WGMMA_EIGHT_REGISTERS(d, 104)
+#define WGMMA_REGISTERS_120(d) WGMMA_REGISTERS_112(d), WGMMA_EIGHT_REGISTERS(d, 112)
+#define WGMMA_REGISTERS_128(d) WGMMA_REGISTERS_120(d), WGMMA_EIGHT_REGISTERS(d, 120)
+
+#define WGMMA_SHAPE_32(FORM, ...) FORM(32, WGMMA_NAMES_16, WGMMA_REGISTERS_16, 16, 17, 18, 19, 20, 21, __VA_ARGS__)
+#define WGMMA_SHAPE_64(FORM, ...) FORM(64, WGMMA_NAMES_32, WGMMA_REGISTERS_32, 32, 33, 34, 35, 36, 37, __VA_ARGS__)
+#define WGMMA_SHAPE_80(FORM, ...) FORM(80, WGMMA_NAMES_40, WGMMA_REGISTERS_40, 40, 41, 42, 43, 44, 45, __VA_ARGS__)
+#define WGMMA_SHAPE_96(FORM, ...) FORM(96, WGMMA_NAMES_48, WGMMA_REGISTERS_48, 48, 49, 50, 51, 52, 53, __VA_ARGS__)
+#define WGMMA_SHAPE_112(FORM, ...) FORM(112, WGMMA_NAMES_56, WGMMA_REGISTERS_56, 56, 57, 58, 59, 60, 61, __VA_ARGS__)
+#define WGMMA_SHAPE_128(FORM, ...) FORM(128, WGMMA_NAMES_64, WGMMA_REGISTERS_64, 64, 65, 66, 67, 68, 69, __VA_ARGS__)
+#define WGMMA_SHAPE_144(FORM, ...) FORM(144, WGMMA_NAMES_72, WGMMA_REGISTERS_72, 72, 73, 74, 75, 76, 77, __VA_ARGS__)
+#define WGMMA_SHAPE_160(FORM, ...) FORM(160, WGMMA_NAMES_80, WGMMA_REGISTERS_80, 80, 81, 82, 83, 84, 85, __VA_ARGS__)
+#define WGMMA_SHAPE_176(FORM, ...) FORM(176, WGMMA_NAMES_88, WGMMA_REGISTERS_88, 88, 89, 90, 91, 92, 93, __VA_ARGS__)
+#define WGMMA_SHAPE_192(FORM, ...) FORM(192, WGMMA_NAMES_96, WGMMA_REGISTERS_96, 96, 97, 98, 99, 100, 101, __VA_ARGS__)
+#define WGMMA_SHAPE_256(FORM, ...) FORM(256, WGMMA_NAMES_128, WGMMA_REGISTERS_128, 128, 129, 130, 131, 132, 133, __VA_ARGS__)
+
+#endif

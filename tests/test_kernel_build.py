@@ -1,0 +1,142 @@
+"""Every shipped kernel compiles with no GPU, for every architecture, with no spill and no serialised pipeline. `make wheel` compiles all
+of the list; here it is every kernel with every value of every constant on sm_80 and sm_90a, and every kernel once elsewhere."""
+
+import json
+from collections import defaultdict
+
+import pytest
+from flash_attn_c import _C, prebuild
+
+import list_kernels
+from cuda_host import cuda_include
+
+
+def kernel_names():
+    return sorted(name.removeprefix("kernels/").removesuffix(".cu") for name in _C.kernel_source() if name.endswith(".cu"))
+
+
+if not kernel_names():
+    pytest.skip("this build holds no kernels", allow_module_level=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nvrtc():
+    found = json.loads(_C.describe())["cuda"]
+    if not found["nvrtc"]:
+        pytest.skip(found["nvrtc_error"])
+    return found["nvrtc"]
+
+
+def features(variant):
+    """What a test of this variant covers."""
+    return {(variant.kernel, variant.entry), *((variant.kernel, name, value) for name, value in variant.constants)}
+
+
+def cover(variants, wanted=features):
+    """Few variants that show every feature, the one with most new features first."""
+    chosen, missing = [], set().union(*map(wanted, variants)) if variants else set()
+    while missing:
+        best = max(variants, key=lambda variant: len(wanted(variant) & missing))
+        chosen.append(best)
+        missing -= wanted(best)
+    return chosen
+
+
+def chosen_for(arch):
+    variants = prebuild.shipped_list([arch])
+    if arch in ("sm_80", "sm_90a"):
+        return cover(variants)
+    return cover(variants, lambda variant: {(variant.kernel, variant.entry)})
+
+
+def test_the_list_names_every_kernel_once():
+    variants = prebuild.shipped_list()
+    assert sorted({variant.kernel for variant in variants}) == kernel_names()
+    assert len(set(variants)) == len(variants)
+    names = defaultdict(set)
+    for variant in variants:
+        names[variant.kernel, variant.entry].add(tuple(name for name, _ in variant.constants))
+    assert all(len(orders) == 1 for orders in names.values()), "constants of one kernel come in one order"
+
+
+@pytest.mark.skipif(cuda_include() is None, reason="no cuda.h on this machine, which the fake driver is built with")
+def test_the_list_is_what_the_engine_asks_for(tmp_path):
+    # `python tests/list_kernels.py` writes it anew.
+    assert list_kernels.LIST.read_text() == list_kernels.list_text(tmp_path)
+
+
+@pytest.mark.parametrize("arch", prebuild.ARCHS)
+def test_variants_compile_without_spills(arch):
+    wanted = chosen_for(arch)
+    assert wanted, f"the list has no kernel for {arch}"
+    faults = []
+    for variant, _, report in prebuild.compile_all(wanted):
+        if isinstance(report, str):
+            faults.append(f"{variant}: {report}")
+        elif report.spill_bytes or report.warnings or not report.registers:
+            faults.append(f"{variant}: {report.registers} registers, {report.spill_bytes} bytes spilled {' '.join(report.warnings)}")
+    assert not faults, "\n".join(faults)
+
+
+class TestPrebuild:
+    @pytest.fixture
+    def small_list(self, tmp_path):
+        variant = min(prebuild.shipped_list(["sm_80"]), key=lambda variant: len(_C.kernel_source(f"kernels/{variant.kernel}.cu")))
+        path = tmp_path / "list.txt"
+        constants = " ".join(f"{name}={value}" for name, value in variant.constants)
+        path.write_text(f"# one kernel, two architectures\nsm_80,sm_90a {variant.kernel} {variant.entry} {constants}\n")
+        return path
+
+    def test_writes_cubins_and_an_index(self, small_list, tmp_path, capsys):
+        out = tmp_path / "cubins"
+        assert prebuild.main(["--arch", "sm_80,sm_90a", "--list", str(small_list), "--out", str(out), "--jobs", "2"]) == 0
+        index = json.loads((out / "index.json").read_text())
+        assert [row["arch"] for row in index["kernels"]] == ["sm_80", "sm_90a"] and index["nvrtc"]
+        assert {row["file"] for row in index["kernels"]} == {path.name for path in out.glob("*.cubin")}
+        assert "2 kernels for sm_80, sm_90a" in capsys.readouterr().out
+
+    def test_a_kernel_that_fails_is_reported(self, tmp_path, capsys):
+        path = tmp_path / "list.txt"
+        path.write_text("sm_80 absent absent\n")
+        assert prebuild.main(["--arch", "sm_80", "--list", str(path), "--out", str(tmp_path / "cubins")]) == 1
+        assert "no kernel file absent.cu" in capsys.readouterr().err
+
+    def test_unknown_architecture(self, capsys):
+        with pytest.raises(SystemExit):
+            prebuild.main(["--arch", "sm_75"])
+        assert "unknown sm_75" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line, words", [("* fwd", "line 1"), ("sm_70 fwd fwd", "unknown architecture sm_70"), ("* fwd fwd DIM", "NAME=VALUE")]
+)
+def test_a_bad_line_of_the_list(line, words):
+    with pytest.raises(ValueError, match=words):
+        prebuild.read_list(line)
+
+
+def test_reading_the_log():
+    report = prebuild.read_log(
+        "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized\n"
+        "ptxas info    : Function properties for fwd\n"
+        "    8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads\n"
+        "ptxas info    : Used 168 registers, used 1 barriers, 1024 bytes smem, 8 bytes cumulative stack size, 352 bytes cmem[0]\n"
+    )
+    assert report[:4] == (168, 28, 8, 1024) and len(report.warnings) == 1 and "C7510" in report.warnings[0]
+
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        (("absent", "absent", {}, "sm_80"), RuntimeError, "no kernel file absent.cu"),
+        (("absent", "absent", {}, "sm_75"), ValueError, "sm_75"),
+        (("absent", "absent", {"A": "1"}, "sm_80"), TypeError, "int"),
+        (("absent", "absent", {"A": 1 << 40}, "sm_80"), ValueError, "no C int"),
+        (("absent", "absent", [], "sm_80"), TypeError, "constants"),
+        ((1, "absent", {}, "sm_80"), TypeError, "kernel"),
+        (("absent",), TypeError, "4 arguments"),
+    ],
+)
+def test_compile_kernel_refuses(arguments, error, words):
+    with pytest.raises(error, match=words):
+        _C.compile_kernel(*arguments)
