@@ -64,25 +64,40 @@ def seconds_cuda(call: Callable[[], object], repeats: int) -> float:
 
 
 def interleaved_medians(candidates: Candidates, device: str, rounds: int = 5, at_least: float = 0.05) -> dict[str, float]:
-    """Seconds a call of each candidate: every round times each of them once, for `at_least` seconds, so that drift hits all alike."""
+    """Seconds a call of each candidate: every round times each of them once, for `at_least` seconds, so that drift hits all alike.
+
+    One call of a candidate that takes longer than 40 times that is enough: what its first call costs besides does not show.
+    """
     clock = seconds_cuda if device == "cuda" else seconds_cpu
+    samples: dict[str, list[float]] = {}
     repeats = {}
     for name, call in candidates.items():
         first = clock(call, 1)  # compiles, allocates, starts threads
-        again = first if first > at_least * 10 else clock(call, 1)
-        repeats[name] = max(1, round(at_least / max(again, 1e-7)))
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
+        if first > 40 * at_least:
+            samples[name] = [first]
+        else:
+            samples[name], repeats[name] = [], max(1, round(at_least / max(clock(call, 1), 1e-7)))
     for _ in range(rounds):
-        for name, call in candidates.items():
-            samples[name].append(clock(call, repeats[name]))
+        for name, times in repeats.items():
+            samples[name].append(clock(candidates[name], times))
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def matmul_rate(dtype: torch.dtype, device: str, size: int) -> float:
-    """FLOP/s of one square matrix product through torch: the machine's own limit, as far as a user can reach it."""
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    seconds = interleaved_medians({"matmul": lambda: a @ b}, device, rounds=3)["matmul"]
-    return 2 * size**3 / seconds
+def matmul_rate(dtype: torch.dtype, device: str, largest: int) -> float:
+    """FLOP/s of a square matrix product through torch: the machine's own limit, as far as a user can reach it.
+
+    The size grows while a product takes no more than a quarter of a second. Where a CPU has no products of 16-bit numbers worth the name,
+    the limit is that of float32, since the inputs can be converted.
+    """
+    best = 0.0
+    for kind in {dtype, torch.float32}:
+        size, seconds = 128, 0.0
+        while size < largest and seconds < 0.03:
+            size *= 2
+            a, b = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
+            seconds = interleaved_medians({"matmul": lambda a=a, b=b: a @ b}, device, rounds=3)["matmul"]
+            best = max(best, 2 * size**3 / seconds)
+    return best
 
 
 def attention_flops(batch: int, heads: int, seqlen: int, dim: int, causal: bool, backward: bool) -> float:

@@ -51,6 +51,8 @@ fa_code fa_check_shape(const char *name, const fa_tensor *t, int ndim, const int
 fa_code fa_check_writable(const char *name, const fa_tensor *t, fa_error *error) {
   if (t->read_only) return fa_fail(error, FA_ERR_VALUE, "%s: is read-only, but this call writes it", name);
   for (int i = 0; i < t->ndim; i++)
+    if (t->shape[i] == 0) return FA_OK;
+  for (int i = 0; i < t->ndim; i++)
     if (t->stride[i] == 0 && t->shape[i] > 1)
       return fa_fail(error, FA_ERR_VALUE, "%s: dimension %d of size %lld has stride 0; a written tensor must not overlap itself", name, i,
                      (long long)t->shape[i]);

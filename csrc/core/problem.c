@@ -50,6 +50,14 @@ static fa_code check_head_dim(const char *name, int64_t dim, fa_error *error) {
   return fa_fail(error, FA_ERR_VALUE, "%s: head dim %lld must be in 1..%d", name, (long long)dim, FA_MAX_HEAD_DIM);
 }
 
+/* Before the tensors, whose rank depends on it. */
+static fa_code check_packed(const fa_request *r, fa_error *error) {
+  int has_q = fa_given(&r->lengths.cu_seqlens_q), has_k = fa_given(&r->lengths.cu_seqlens_k);
+  if (has_q == has_k) return FA_OK;
+  return fa_fail(error, FA_ERR_VALUE, "cu_seqlens_%s: is missing; packed sequences need both cu_seqlens_q and cu_seqlens_k",
+                 has_q ? "k" : "q");
+}
+
 static fa_code init_tensors(fa_problem *p, const fa_request *r, axes a, fa_error *error) {
   if (r->layout != FA_BSHD && r->layout != FA_BHSD)
     return fa_fail(error, FA_ERR_VALUE, "layout: %d is neither FA_BSHD nor FA_BHSD", (int)r->layout);
@@ -149,11 +157,8 @@ static fa_code init_max(const char *name, int given, int64_t value, int64_t tota
 
 static fa_code init_lengths(fa_problem *p, const fa_request *r, fa_error *error) {
   const fa_lengths *l = &r->lengths;
-  int has_q = fa_given(&l->cu_seqlens_q), has_k = fa_given(&l->cu_seqlens_k), on_cpu = p->device == FA_CPU;
+  int has_q = fa_given(&l->cu_seqlens_q), on_cpu = p->device == FA_CPU;
   int longest_q = 0, longest_k = 0;
-  if (has_q != has_k)
-    return fa_fail(error, FA_ERR_VALUE, "cu_seqlens_%s: is missing; packed sequences need both cu_seqlens_q and cu_seqlens_k",
-                   has_q ? "k" : "q");
   p->lengths.packed = has_q;
   if (has_q) {
     TRY(check_ints("cu_seqlens_q", &l->cu_seqlens_q, -1, r, &p->lengths.cu_q, error));
@@ -167,7 +172,7 @@ static fa_code init_lengths(fa_problem *p, const fa_request *r, fa_error *error)
     }
   }
   TRY(init_max("max_seqlen_q", l->has_max_q, l->max_seqlen_q, p->total_q, longest_q, has_q, on_cpu, &p->seqlen_q, error));
-  TRY(init_max("max_seqlen_k", l->has_max_k, l->max_seqlen_k, p->total_k, longest_k, has_k, on_cpu, &p->seqlen_k, error));
+  TRY(init_max("max_seqlen_k", l->has_max_k, l->max_seqlen_k, p->total_k, longest_k, has_q, on_cpu, &p->seqlen_k, error));
   p->lengths.bounds_given = !has_q || on_cpu || (l->has_max_q && l->has_max_k);
   if (fa_given(&l->seqused_q)) {
     TRY(check_ints("seqused_q", &l->seqused_q, p->batch, r, &p->lengths.used_q, error));
@@ -267,6 +272,7 @@ fa_code fa_problem_init(fa_problem *problem, const fa_request *request, fa_direc
   fa_problem p;
   memset(&p, 0, sizeof p);
   axes a = axes_of(request);
+  TRY(check_packed(request, error));
   TRY(init_tensors(&p, request, a, error));
   TRY(init_lengths(&p, request, error));
   TRY(fa_init_visibility(&p, request, error));

@@ -66,8 +66,9 @@ static void delta_from_output(const fa_job *job, const fa_head *head, fa_arena a
     delta[r] = job->ops->dot_row(fa_at(job->ops, out, (int64_t)r * dim_v), fa_at(job->ops, dout, (int64_t)r * dim_v), dim_v);
 }
 
-/* The same as rowsum(P * dP), one more sweep over the keys. ALiBi's gradient weighs dS by distances of up to the sequence's length, so a
- * row's dS must sum to zero much better than a rounded output allows. */
+/* The same as rowsum(P * dP), one more sweep over the keys, for two gradients that a rounded output would spoil: ALiBi's weighs dS by
+ * distances of up to the sequence's length, so a row's dS must sum to zero that much better; a sink's is made of deltas alone. A row
+ * that sees nothing gets exactly 0, whatever its dout holds. */
 static void delta_from_scores(const fa_job *job, const fa_head *head, fa_arena arena, int m0, int rows, double *delta) {
   static const double zeros[FA_MAX_BLOCK_M];
   fa_gradient_tiles t = fa_carve_gradient_tiles(job, &arena);
@@ -92,7 +93,8 @@ static void rows_task(int64_t item, int worker, void *context) {
   int rows = fa_min(job->block_m, head.seq.len_q - m0);
   if (rows <= 0) return;
   double *delta = shared->delta + row_index(&head, m0);
-  (p->grad.dalibi.data ? delta_from_scores : delta_from_output)(job, &head, fa_job_scratch(job, worker), m0, rows, delta);
+  int exact = p->grad.dalibi.data || p->grad.dsinks.data;
+  (exact ? delta_from_scores : delta_from_output)(job, &head, fa_job_scratch(job, worker), m0, rows, delta);
   for (int r = 0; r < rows && p->grad.dlse.data; r++) delta[r] -= fa_statistic(&head, &p->grad.dlse, m0 + r);
 }
 

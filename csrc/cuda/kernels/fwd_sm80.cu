@@ -56,15 +56,11 @@
 typedef struct {
   float o[M_FRAGS][V_FRAGS][4];
   float max[M_FRAGS][2], sum[M_FRAGS][2]; /* sum: this lane's columns only */
+  fa_operand_a p[M_FRAGS][PV_STEPS];      /* weights of the tile before, whose values are still to be added */
 } warp_state;
 
-FA_INLINE void load_q(fa_operand_a q[M_FRAGS], uint32_t q_smem, int warp_row, fa_lane rows_first, int step) {
-#pragma unroll
-  for (int m = 0; m < M_FRAGS; m++) fa_load_a(&q[m], q_smem, rows_first, warp_row + 16 * m, step, Q_ROW_BYTES);
-}
-
 /* S = Q K^T */
-FA_INLINE void scores(float s[M_FRAGS][N_FRAGS][4], fa_operand_a q_reg[][M_FRAGS], uint32_t q_smem, int warp_row, uint32_t k_smem) {
+FA_INLINE void scores(float s[M_FRAGS][N_FRAGS][4], uint32_t q_smem, int warp_row, uint32_t k_smem) {
   int lane = threadIdx.x % 32;
   fa_lane q_lane = fa_lane_rows_first(lane, Q_ROW_BYTES), k_lane = fa_lane_chunks_first(lane, Q_ROW_BYTES);
 #pragma unroll
@@ -76,14 +72,11 @@ FA_INLINE void scores(float s[M_FRAGS][N_FRAGS][4], fa_operand_a q_reg[][M_FRAGS
 #pragma unroll
   for (int step = 0; step < QK_STEPS; step++) {
     fa_operand_a q[M_FRAGS];
-    if (Q_REGISTERS) {
 #pragma unroll
-      for (int m = 0; m < M_FRAGS; m++) q[m] = q_reg[step][m];
-    } else {
-      load_q(q, q_smem, warp_row, q_lane, step);
+    for (int m = 0; m < M_FRAGS; m++) {
+      fa_load_a(&q[m], q_smem, q_lane, warp_row + 16 * m, step, Q_ROW_BYTES);
+      fa_split_a(&q[m]);
     }
-#pragma unroll
-    for (int m = 0; m < M_FRAGS; m++) fa_split_a(&q[m]);
 #pragma unroll
     for (int n = 0; n < N_FRAGS; n += 2) {
       fa_operand_b k[2];
@@ -140,14 +133,17 @@ FA_INLINE void drop_weights(float s[N_FRAGS][4], const fa_arg_problem *p, fa_phi
 }
 
 /* O += P V */
-FA_INLINE void weigh_values(float o[M_FRAGS][V_FRAGS][4], float s[M_FRAGS][N_FRAGS][4], uint32_t v_smem) {
+FA_INLINE void weigh_values(warp_state *w, uint32_t v_smem) {
   int lane = threadIdx.x % 32;
   fa_lane v_lane = fa_lane_rows_first(lane, V_ROW_BYTES);
 #pragma unroll
   for (int step = 0; step < PV_STEPS; step++) {
     fa_operand_a p[M_FRAGS];
 #pragma unroll
-    for (int m = 0; m < M_FRAGS; m++) fa_operand_from_accumulator(&p[m], s[m], step);
+    for (int m = 0; m < M_FRAGS; m++) {
+      p[m] = w->p[m][step];
+      fa_split_a(&p[m]);
+    }
 #pragma unroll
     for (int pair = 0; pair < V_FRAGS / 2; pair++) {
       fa_operand_b v[2];
@@ -156,7 +152,7 @@ FA_INLINE void weigh_values(float o[M_FRAGS][V_FRAGS][4], float s[M_FRAGS][N_FRA
       for (int half = 0; half < 2; half++) {
         fa_split_b(&v[half]);
 #pragma unroll
-        for (int m = 0; m < M_FRAGS; m++) fa_mma(o[m][2 * pair + half], &p[m], &v[half]);
+        for (int m = 0; m < M_FRAGS; m++) fa_mma(w->o[m][2 * pair + half], &p[m], &v[half]);
       }
     }
   }
@@ -192,36 +188,30 @@ FA_INLINE void reread_values(uint32_t v_smem, int pass) {
 
 /* ---- one query tile ---- */
 
-/* Scores of one tile of keys become weights. O is rescaled before any weight is computed, so that exponentials and the products that need them
- * share one block of straight code, where the compiler can overlap them. */
-FA_INLINE void weigh_scores(warp_state *w, float s[M_FRAGS][N_FRAGS][4], const fa_arg_problem *p, const fa_tile *tile, const fa_score_head *head,
-                            fa_philox_key key, float to_log2, int row0, int n0, int masked) {
+/* Scores become weights, in place, and join the sums. Returns whether O has to be rescaled. */
+FA_INLINE int weigh_scores(warp_state *w, float s[M_FRAGS][N_FRAGS][4], float to_log2, float rescale[M_FRAGS][2]) {
   int moved = 0;
-  float rescale[M_FRAGS][2];
 #pragma unroll
   for (int m = 0; m < M_FRAGS; m++) {
-    if (SCORE) change_scores(s[m], p, head, tile, row0 + 16 * m, n0);
-    if (masked) fa_mask_fragments(s[m], N_FRAGS, p->rule, tile->len_q, tile->len_k, row0 + 16 * m, n0);
     fa_move_maxima(s[m], N_FRAGS, to_log2, w->max[m], rescale[m]);
     moved |= rescale[m][0] != 1.0f || rescale[m][1] != 1.0f;
   }
-  if (__any_sync(0xFFFFFFFFu, moved)) {
-#pragma unroll
-    for (int m = 0; m < M_FRAGS; m++)
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        w->sum[m][r] *= rescale[m][r];
-#pragma unroll
-        for (int d = 0; d < V_FRAGS; d++)
-#pragma unroll
-          for (int e = 0; e < 2; e++) w->o[m][d][2 * r + e] *= rescale[m][r];
-      }
-  }
 #pragma unroll
   for (int m = 0; m < M_FRAGS; m++) {
+    w->sum[m][0] *= rescale[m][0];
+    w->sum[m][1] *= rescale[m][1];
     fa_weigh(s[m], N_FRAGS, to_log2, w->max[m], w->sum[m]);
-    if (DROPOUT) drop_weights(s[m], p, key, tile, row0 + 16 * m, n0);
   }
+  return moved;
+}
+
+FA_INLINE void rescale_output(warp_state *w, float rescale[M_FRAGS][2]) {
+#pragma unroll
+  for (int m = 0; m < M_FRAGS; m++)
+#pragma unroll
+    for (int d = 0; d < V_FRAGS; d++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) w->o[m][d][e] *= rescale[m][e >> 1];
 }
 
 /* The key tiles of this CTA, [first, last]: those that some row sees, or its split's share of them. */
@@ -236,7 +226,7 @@ FA_INLINE void key_tiles(const fa_forward_args *args, const fa_tile *tile, int m
 /* Walks over the key tiles with O, max and sum in registers. */
 FA_INLINE void attend(warp_state *w, const fa_forward_args *args, const fa_tile *tile, uint32_t smem, int pass) {
   const fa_arg_problem *p = &args->problem;
-  uint32_t q_smem = smem, k_smem = q_smem + Q_TILE_BYTES, v_smem = k_smem + STAGES * K_TILE_BYTES;
+  uint32_t q_smem = smem, k_smem = q_smem + Q_TILE_BYTES, v_smem = k_smem + 2 * K_TILE_BYTES;
   int warp_row = threadIdx.x / 32 * WARP_ROWS, row0 = tile->m0 + warp_row, m1 = fa_min(tile->m0 + BLOCK_M, tile->len_q);
   int warp_m1 = fa_min(row0 + WARP_ROWS, tile->len_q), h_k = tile->h / p->group;
   fa_range warp_seen = fa_visited_keys(p->rule, tile->len_q, tile->len_k, row0, warp_m1);
@@ -278,50 +268,53 @@ FA_INLINE void attend(warp_state *w, const fa_forward_args *args, const fa_tile 
   fa_load_tile(q_smem, fa_head_base(&args->q, ELEMENT_BYTES, tile->b, tile->h, tile->q_start + tile->m0), &args->q, tile->len_q - tile->m0,
                p->dim_qk, BLOCK_M, HEAD_DIM, THREADS);
   LOAD_K(n, 0);
-  if (STAGES == 2) LOAD_V(n, 0);
   cp_async_commit_group();
 
-  fa_operand_a q_reg[QK_STEPS][M_FRAGS];
-  if (Q_REGISTERS) {
+  int pending = 0;
+  for (int next; n >= 0; n = next, stage ^= 1) {
+    int n0 = n * BLOCK_N, masked = n0 < plain.lo || n0 + BLOCK_N > plain.hi;
+    next = fa_walk_next(&walk);
     cp_async_wait_group(0);
-    __syncthreads(); /* Q has landed for the warps that did not load it */
-#pragma unroll
-    for (int step = 0; step < QK_STEPS; step++) load_q(q_reg[step], q_smem, warp_row, fa_lane_rows_first(threadIdx.x % 32, Q_ROW_BYTES), step);
-  }
-
-  while (n >= 0) {
-    int next = fa_walk_next(&walk), n0 = n * BLOCK_N;
-    int seen = n0 < warp_seen.hi && n0 + BLOCK_N > warp_seen.lo;
-    float s[M_FRAGS][N_FRAGS][4];
-
-    cp_async_wait_group(0);
-    __syncthreads(); /* K(n) (and V(n) with two stages) has landed for all; all warps are done with the previous tile's stage */
-    if (STAGES == 1) {
-      LOAD_V(n, 0);
-    } else if (next >= 0) {
-      LOAD_K(next, stage ^ 1);
-      LOAD_V(next, stage ^ 1);
-    }
+    __syncthreads(); /* K(n) and V of the tile before have landed for all; all warps are done with the stages that are filled next */
+    if (next >= 0) LOAD_K(next, stage ^ 1);
+    LOAD_V(n, stage);
     cp_async_commit_group();
-
-    if (seen) scores(s, q_reg, q_smem, warp_row, k_smem + stage * K_TILE_BYTES);
-    if (STAGES == 1) {
-      cp_async_wait_group(0);
-      __syncthreads(); /* V(n) has landed for all; all warps are done with K(n) */
-      if (next >= 0) LOAD_K(next, 0);
-      cp_async_commit_group();
-    }
     if (pass != PLAIN) {
-      reread_values(v_smem + stage * V_TILE_BYTES, pass);
+      reread_values(v_smem + (stage ^ 1) * V_TILE_BYTES, pass);
       __syncthreads(); /* every warp reads what all have rewritten */
     }
-    if (seen) {
-      weigh_scores(w, s, p, tile, &head, key, to_log2, row0, n0, n0 < plain.lo || n0 + BLOCK_N > plain.hi);
-      weigh_values(w->o, s, v_smem + stage * V_TILE_BYTES);
+    if (!pending && (n0 >= warp_seen.hi || n0 + BLOCK_N <= warp_seen.lo)) continue;
+
+    float s[M_FRAGS][N_FRAGS][4], rescale[M_FRAGS][2];
+    int moved;
+    scores(s, q_smem, warp_row, k_smem + stage * K_TILE_BYTES);
+#pragma unroll
+    for (int m = 0; m < M_FRAGS; m++) {
+      if (SCORE) change_scores(s[m], p, &head, tile, row0 + 16 * m, n0);
+      if (masked) fa_mask_fragments(s[m], N_FRAGS, p->rule, tile->len_q, tile->len_k, row0 + 16 * m, n0);
     }
-    if (STAGES == 2) stage ^= 1;
-    n = next;
+    if (pending) { /* one block of straight code, in which exponentials hide behind products */
+      moved = weigh_scores(w, s, to_log2, rescale);
+      weigh_values(w, v_smem + (stage ^ 1) * V_TILE_BYTES);
+    } else {
+      moved = weigh_scores(w, s, to_log2, rescale);
+    }
+    if (__any_sync(0xFFFFFFFFu, moved)) rescale_output(w, rescale);
+#pragma unroll
+    for (int m = 0; m < M_FRAGS; m++) {
+      if (DROPOUT) drop_weights(s[m], p, key, tile, row0 + 16 * m, n0);
+#pragma unroll
+      for (int step = 0; step < PV_STEPS; step++) fa_whole_operand_from_accumulator(&w->p[m][step], s[m], step);
+    }
+    pending = 1;
   }
+  cp_async_wait_group(0);
+  __syncthreads(); /* V of the last tile has landed for all */
+  if (pass != PLAIN) {
+    reread_values(v_smem + (stage ^ 1) * V_TILE_BYTES, pass);
+    __syncthreads(); /* every warp reads what all have rewritten */
+  }
+  if (pending) weigh_values(w, v_smem + (stage ^ 1) * V_TILE_BYTES);
 #undef LOAD_K
 #undef LOAD_V
 }

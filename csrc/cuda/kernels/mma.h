@@ -56,21 +56,26 @@ FA_INLINE void fa_mma(float d[4], const fa_operand_a *a, const fa_operand_b *b) 
   fa_mma_exact(d, a->r, b->r);
 }
 
-/* Operand a from an accumulator: the columns of s become the contraction. 16 bits: columns 16 * step and the 15 next. fp32: columns 8 * step and
- * the 7 next, in the order 0 2 4 6 1 3 5 7, which is free because operand b below comes in the same order. s is one row of fragments. */
-FA_INLINE void fa_operand_from_accumulator(fa_operand_a *a, float s[][4], int step) {
+/* Operand a, in fp32 not split yet, from an accumulator: the columns of s become the contraction. 16 bits: columns 16 * step and the 15 next.
+ * fp32: columns 8 * step and the 7 next, in the order 0 2 4 6 1 3 5 7, which is free because operand b below comes in the same order. s is one row of
+ * fragments. */
+FA_INLINE void fa_whole_operand_from_accumulator(fa_operand_a *a, float s[][4], int step) {
   if (DTYPE == FA_ARG_F32) {
     a->r[0] = __float_as_uint(s[step][0]);
     a->r[1] = __float_as_uint(s[step][2]);
     a->r[2] = __float_as_uint(s[step][1]);
     a->r[3] = __float_as_uint(s[step][3]);
-    fa_split_a(a);
   } else {
     a->r[0] = fa_pack(s[2 * step][0], s[2 * step][1]);
     a->r[1] = fa_pack(s[2 * step][2], s[2 * step][3]);
     a->r[2] = fa_pack(s[2 * step + 1][0], s[2 * step + 1][1]);
     a->r[3] = fa_pack(s[2 * step + 1][2], s[2 * step + 1][3]);
   }
+}
+
+FA_INLINE void fa_operand_from_accumulator(fa_operand_a *a, float s[][4], int step) {
+  fa_whole_operand_from_accumulator(a, s, step);
+  fa_split_a(a);
 }
 
 #define FA_STEP_ROWS (DTYPE == FA_ARG_F32 ? 8 : 16) /* contraction of one step */
