@@ -43,6 +43,19 @@ def batch_size(call: dict) -> int:
     return len(call["cu_seqlens_q"]) - 1 if is_packed(call) else call["q"].shape[0]
 
 
+def block_size_of(call: dict) -> int:
+    """As given; 0 asks for the power of two of at least 64 that fits both axes, else for the only multiple of 64 that does."""
+    if call["block_size"]:
+        return call["block_size"]
+    slots = list(sequences(call))
+    axes = []
+    for side, count in (("q", call["block_mask"].shape[2]), ("k", call["block_mask"].shape[3])):
+        bound = call[f"max_seqlen_{side}"]
+        axes.append((bound if bound is not None else max((getattr(s, f"{side}_slot") for s in slots), default=0), count))
+    fits = [size for size in range(64, max(length for length, _ in axes) + 128, 64) if all(-(-length // size) == n for length, n in axes)]
+    return next((size for size in fits if size & (size - 1) == 0), fits[0])
+
+
 def heads_axis(call: dict) -> int:
     return 1 if is_packed(call) or call["layout"] == "bhsd" else 2
 
@@ -103,7 +116,7 @@ def visible_pairs(call: dict, seq: Sequence) -> Tensor:
     if call["mask"] is not None:
         keep = keep & grid_of(call["mask"], seq, heads)
     if call["block_mask"] is not None:
-        size, blocks = call["block_size"], call["block_mask"]
+        size, blocks = block_size_of(call), call["block_mask"]
         blocks = blocks[seq.b if blocks.shape[0] > 1 else 0]
         keep = keep & blocks[:, i // size, j // size]
     return keep

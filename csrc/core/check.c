@@ -5,7 +5,7 @@
 
 const char *fa_dtype_name(fa_dtype dtype) {
   static const char *const names[] = {"none", "float32", "float64", "float16", "bfloat16", "int32", "int64", "bool", "float8_e4m3fn"};
-  return dtype < FA_OTHER ? names[dtype] : "another type";
+  return dtype < FA_OTHER ? names[dtype] : "unsupported";
 }
 
 static const char *device_name(fa_device device) {
@@ -31,9 +31,10 @@ fa_code fa_check_device(const char *name, const fa_tensor *t, const fa_tensor *q
 
 fa_code fa_check_dtype(const char *name, const fa_tensor *t, fa_dtype first, fa_dtype second, fa_error *error) {
   if (t->dtype == first || t->dtype == second) return FA_OK;
-  if (first == second) return fa_fail(error, FA_ERR_TYPE, "%s: dtype %s must be %s", name, fa_dtype_name(t->dtype), fa_dtype_name(first));
-  return fa_fail(error, FA_ERR_TYPE, "%s: dtype %s must be %s or %s", name, fa_dtype_name(t->dtype), fa_dtype_name(first),
-                 fa_dtype_name(second));
+  const char *joint = first == second ? "" : " or ", *other = first == second ? "" : fa_dtype_name(second);
+  if (t->dtype == FA_OTHER)
+    return fa_fail(error, FA_ERR_TYPE, "%s: has an unsupported dtype, must be %s%s%s", name, fa_dtype_name(first), joint, other);
+  return fa_fail(error, FA_ERR_TYPE, "%s: dtype %s must be %s%s%s", name, fa_dtype_name(t->dtype), fa_dtype_name(first), joint, other);
 }
 
 fa_code fa_check_rank(const char *name, const fa_tensor *t, int rank, const char *meaning, fa_error *error) {

@@ -31,6 +31,8 @@ static fa_code check_input(const char *name, const fa_tensor *t, const fa_reques
   if (!fa_given(t)) return fa_fail(error, FA_ERR_TYPE, "%s: is required", name);
   if (t->device == FA_DEVICE_OTHER) return fa_fail(error, FA_ERR_TYPE, "%s: is neither on a CPU nor on a CUDA device", name);
   if (t->dtype == FA_F8_E4M3) return fa_fail(error, FA_ERR_UNSUPPORTED, "%s: dtype float8_e4m3fn is not supported by this version", name);
+  if (t->dtype == FA_OTHER)
+    return fa_fail(error, FA_ERR_TYPE, "%s: has an unsupported dtype, must be float16, bfloat16, float32 or float64", name);
   if (!is_compute_dtype(t->dtype))
     return fa_fail(error, FA_ERR_TYPE, "%s: dtype %s must be float16, bfloat16, float32 or float64", name, fa_dtype_name(t->dtype));
   TRY(fa_check_device(name, t, &r->q, error));
@@ -215,8 +217,10 @@ static fa_code init_outputs(fa_problem *p, const fa_request *r, axes a, fa_direc
     const char *name;
     const fa_tensor *t;
   } outputs[] = {{"out", &r->out}, {"lse", &r->lse}, {"probs", &r->probs}};
+  /* The CPU's forward pass can do without lse; kernels always write it. */
+  const int needed[] = {need, need && (direction == FA_BACKWARD || p->device == FA_CUDA), 0};
   for (int i = 0; i < 3; i++) {
-    if (i < 2 && need && !fa_given(outputs[i].t)) return fa_fail(error, FA_ERR_TYPE, "%s: is required", outputs[i].name);
+    if (needed[i] && !fa_given(outputs[i].t)) return fa_fail(error, FA_ERR_TYPE, "%s: is required", outputs[i].name);
     if (fa_given(outputs[i].t) && direction == FA_FORWARD) TRY(fa_check_writable(outputs[i].name, outputs[i].t, error));
   }
   if (fa_given(&r->out)) TRY(check_like_q("out", &r->out, &r->q, p->dim_v, a, r, &p->out, error));

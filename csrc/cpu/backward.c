@@ -29,7 +29,8 @@ static void carve_shared(fa_backward_shared *s, const fa_problem *p, const fa_ti
   s->parts = fa_cpu_backward_parts(p);
   s->delta = fa_take(arena, rows * sizeof(double));
   s->dq = fa_take(arena, p->grad.dq.data ? rows * (size_t)s->parts * (size_t)fa_pad(p->dim_qk) * real : 0);
-  s->dalibi = fa_take(arena, p->grad.dalibi.data ? (size_t)p->batch * (size_t)p->heads_q * (size_t)s->parts * sizeof(double) : 0);
+  size_t tiles = (size_t)p->batch * (size_t)p->heads_q * (size_t)fa_ceil_div(p->seqlen_q, fa_block_m(p));
+  s->dalibi = fa_take(arena, p->grad.dalibi.data ? tiles * sizeof(double) : 0);
 }
 
 /* Row numbers count all tokens of a head, packed or not. */
@@ -66,22 +67,48 @@ static void delta_from_output(const fa_job *job, const fa_head *head, fa_arena a
     delta[r] = job->ops->dot_row(fa_at(job->ops, out, (int64_t)r * dim_v), fa_at(job->ops, dout, (int64_t)r * dim_v), dim_v);
 }
 
-/* The same as rowsum(P * dP), one more sweep over the keys, for two gradients that a rounded output would spoil: ALiBi's weighs dS by
- * distances of up to the sequence's length, so a row's dS must sum to zero that much better; a sink's is made of deltas alone. A row
- * that sees nothing gets exactly 0, whatever its dout holds. */
-static void delta_from_scores(const fa_job *job, const fa_head *head, fa_arena arena, int m0, int rows, double *delta) {
+/* What a sweep over the keys finds out about a tile of rows: sums over j of P, P dP, P dist and P dP dist. */
+typedef struct {
+  double p[FA_MAX_BLOCK_M], p_dp[FA_MAX_BLOCK_M], p_dist[FA_MAX_BLOCK_M], p_dp_dist[FA_MAX_BLOCK_M];
+} row_sums;
+
+static void sweep_keys(const fa_job *job, const fa_head *head, fa_arena arena, int m0, int rows, row_sums *sums) {
   static const double zeros[FA_MAX_BLOCK_M];
   fa_gradient_tiles t = fa_carve_gradient_tiles(job, &arena);
   fa_range keys = fa_key_tiles(head, m0, rows);
   fa_load_query_side(head, &t, m0, rows);
-  for (int r = 0; r < rows; r++) delta[r] = 0;
   for (int n0 = keys.lo; n0 < keys.hi; n0 += FA_BLOCK_N) {
     int columns = fa_min(FA_BLOCK_N, head->seq.len_k - n0);
     if (!fa_tile_in_block_mask(head, m0, n0)) continue;
     fa_load_key_side(head, &t, n0, columns);
     fa_gradient_tile(head, &t, zeros, m0, rows, n0, columns);
-    for (int r = 0; r < rows; r++) delta[r] += job->ops->row_sum(fa_at(job->ops, t.ds, (int64_t)r * FA_BLOCK_N), FA_BLOCK_N);
+    for (int r = 0; r < rows; r++) {
+      const void *p_dp = fa_at(job->ops, t.ds, (int64_t)r * FA_BLOCK_N);
+      sums->p[r] += t.p_sum[r];
+      sums->p_dp[r] += job->ops->row_sum(p_dp, FA_BLOCK_N);
+      if (!job->problem->grad.dalibi.data) continue;
+      sums->p_dist[r] += t.distances[r];
+      sums->p_dp_dist[r] += job->ops->distance_sum(p_dp, FA_BLOCK_N, fa_diagonal(head, m0 + r) - n0);
+    }
   }
+}
+
+/* delta as rowsum(P * dP) / rowsum(P), for two gradients that a rounded output would spoil. A sink's is made of deltas alone. A slope's,
+ * - sum of P (dP - delta + dlse) dist, weighs distances of up to the sequence's length against each other, so it is finished here. The
+ * division takes out what lse was rounded by. A row that sees nothing gets exactly 0, whatever its dout holds. */
+static void delta_from_scores(const fa_job *job, const fa_head *head, fa_arena arena, int m0, int rows, double *delta) {
+  const fa_problem *p = job->problem;
+  const fa_backward_shared *shared = job->extra;
+  row_sums sums = {{0}, {0}, {0}, {0}};
+  double dslope = 0, sink = fa_per_head_value(&p->score.sinks, head->ops, head->b, head->h);
+  sweep_keys(job, head, arena, m0, rows, &sums);
+  for (int r = 0; r < rows; r++) {
+    double lse = fa_statistic(head, &p->lse, m0 + r), dlse = p->grad.dlse.data ? fa_statistic(head, &p->grad.dlse, m0 + r) : 0;
+    double total = sums.p[r] + (p->score.sinks.data && lse > -INFINITY ? exp(sink - lse) : 0);
+    delta[r] = total == 0 ? 0 : sums.p_dp[r] / total;
+    if (sums.p[r] != 0) dslope -= (sums.p_dp_dist[r] - (delta[r] - dlse) * sums.p_dist[r]) / total;
+  }
+  if (p->grad.dalibi.data) shared->dalibi[((int64_t)head->b * p->heads_q + head->h) * job->tiles_m + m0 / job->block_m] = dslope;
 }
 
 static void rows_task(int64_t item, int worker, void *context) {
@@ -90,10 +117,10 @@ static void rows_task(int64_t item, int worker, void *context) {
   const fa_backward_shared *shared = job->extra;
   int m0;
   fa_head head = query_head(job, item, &m0);
-  int rows = fa_min(job->block_m, head.seq.len_q - m0);
+  int rows = fa_min(job->block_m, head.seq.len_q - m0), exact = p->grad.dalibi.data || p->grad.dsinks.data;
+  if (p->grad.dalibi.data) shared->dalibi[item] = 0;
   if (rows <= 0) return;
   double *delta = shared->delta + row_index(&head, m0);
-  int exact = p->grad.dalibi.data || p->grad.dsinks.data;
   (exact ? delta_from_scores : delta_from_output)(job, &head, fa_job_scratch(job, worker), m0, rows, delta);
   for (int r = 0; r < rows && p->grad.dlse.data; r++) delta[r] -= fa_statistic(&head, &p->grad.dlse, m0 + r);
 }
@@ -131,11 +158,6 @@ static void keys_step(const fa_head *head, const fa_backward_shared *shared, key
   fa_load_query_side(head, g, m0, rows);
   int partial = fa_gradient_tile(head, g, fa_delta_of(shared, head, m0), m0, rows, n0, columns);
   if (p->grad.dv.data) accumulate(ops, partial, columns, dim_v, rows, g->p, 1, FA_BLOCK_N, g->dout, t->dv);
-  for (int r = 0; r < rows && p->grad.dalibi.data; r++) {
-    int diagonal = m0 + r + head->seq.len_k - head->seq.len_q - n0;
-    double *sum = shared->dalibi + ((int64_t)head->b * p->heads_q + head->h) * shared->parts + part;
-    *sum -= ops->distance_sum(fa_at(ops, g->ds, (int64_t)r * FA_BLOCK_N), FA_BLOCK_N, diagonal);
-  }
   if (p->score.softcap > 0) ops->multiply_row(g->ds, g->ds, g->softcap, rows * FA_BLOCK_N);
   if (p->grad.dk.data) accumulate(ops, partial, columns, dim_qk, rows, g->ds, 1, FA_BLOCK_N, g->q, t->dk);
   if (p->grad.dq.data) accumulate(ops, partial, rows, dim_qk, columns, g->ds, FA_BLOCK_N, 1, g->k, dq_rows(shared, head, part, m0));
@@ -183,7 +205,6 @@ static void keys_task(int64_t item, int worker, void *context) {
     fa_head one = fa_head_of(p, job->ops, b, first + g);
     if (p->grad.dq.data && head.seq.len_q > 0)
       memset(dq_rows(shared, &one, part, 0), 0, (size_t)head.seq.len_q * (size_t)fa_pad(p->dim_qk) * (size_t)job->ops->real_bytes);
-    if (p->grad.dalibi.data) shared->dalibi[((int64_t)b * p->heads_q + first + g) * shared->parts + part] = 0;
   }
   for (int n0 = part * FA_BLOCK_N; n0 < head.seq.slot_k; n0 += shared->parts * FA_BLOCK_N) keys_tile(job, &head, &t, part, n0);
 }
@@ -231,8 +252,8 @@ static void per_head_gradients(const fa_job *job) {
     for (int b = 0; b < p->batch; b++) {
       double slope_of_batch = 0;
       if (p->grad.dsinks.data) dsink += sink_gradient(job, b, h);
-      for (int part = 0; part < shared->parts && p->grad.dalibi.data; part++)
-        slope_of_batch += shared->dalibi[((int64_t)b * p->heads_q + h) * shared->parts + part];
+      for (int tile = 0; tile < job->tiles_m && p->grad.dalibi.data; tile++)
+        slope_of_batch += shared->dalibi[((int64_t)b * p->heads_q + h) * job->tiles_m + tile];
       dslope += slope_of_batch;
       if (p->grad.dalibi.data && p->grad.dalibi.b) put_per_head(job->ops, &p->grad.dalibi, b, h, slope_of_batch);
     }
@@ -262,11 +283,14 @@ static fa_code run_passes(fa_job *job, fa_error *error) {
   const fa_problem *p = job->problem;
   const fa_backward_shared *shared = job->extra;
   int64_t query_tiles = (int64_t)p->batch * p->heads_q * job->tiles_m;
-  fa_arena count = {NULL, 0};
-  carve_keys(job, &count);
-  fa_code code = fa_job_run(job, count.used, query_tiles, rows_task, error);
-  if (code == FA_OK && (p->grad.dq.data || p->grad.dk.data || p->grad.dv.data || p->grad.dalibi.data))
-    code = fa_job_run(job, count.used, (int64_t)p->batch * p->heads_k * shared->parts, keys_task, error);
+  fa_job first = *job; /* ALiBi's gradient is a small difference of large sums: for it, float32 inputs are taken up in double */
+  if (p->grad.dalibi.data && p->dtype == FA_F32) first.ops = job->ops_f64;
+  fa_arena rows = {NULL, 0}, keys = {NULL, 0};
+  carve_keys(&first, &rows);
+  carve_keys(job, &keys);
+  fa_code code = fa_job_run(&first, rows.used, query_tiles, rows_task, error);
+  if (code == FA_OK && (p->grad.dq.data || p->grad.dk.data || p->grad.dv.data))
+    code = fa_job_run(job, keys.used, (int64_t)p->batch * p->heads_k * shared->parts, keys_task, error);
   if (code == FA_OK && p->grad.dq.data) code = fa_job_run(job, 64, query_tiles, queries_task, error);
   if (code == FA_OK && p->grad.dbias.data) code = fa_cpu_bias_gradient(job, error);
   return code;

@@ -8,7 +8,7 @@ typedef struct {
   int parts;      /* copies of dQ, summed in order */
   double *delta;  /* [heads_q][total_q] */
   void *dq;       /* [parts][heads_q][total_q][dim_qk] */
-  double *dalibi; /* [batch][heads_q][parts] */
+  double *dalibi; /* [batch][heads_q][tiles_m] */
 } fa_backward_shared;
 
 /* rowsum(dout * out) - dlse of rows m, m + 1, ... */

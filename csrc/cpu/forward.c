@@ -44,11 +44,11 @@ static void write_padding(const fa_head *head, int start, int end) {
 }
 
 /* Scores of a row -> exponentials, with the row's maximum, sum and output kept in step. */
-static void softmax_row(const fa_head *head, forward_tiles *t, int r, int m0, int n0) {
+static void softmax_row(const fa_head *head, forward_tiles *t, int r, int m0, int n0, int columns) {
   const fa_tile_ops *ops = head->ops;
   int dim_v = fa_pad(head->problem->dim_v);
   void *s = fa_at(ops, t->s, (int64_t)r * FA_BLOCK_N);
-  double largest = ops->row_max(s, FA_BLOCK_N);
+  double largest = ops->row_max(s, columns);
   if (largest > t->m[r]) {
     double shrink = exp(t->m[r] - largest); /* 0 at the first visible key */
     t->l[r] *= shrink;
@@ -56,17 +56,17 @@ static void softmax_row(const fa_head *head, forward_tiles *t, int r, int m0, in
     t->m[r] = largest;
   }
   /* A row that has seen nothing yet has only -inf scores: any finite shift makes them 0. */
-  t->l[r] += ops->exp_row(s, FA_BLOCK_N, t->m[r] == -INFINITY ? 0 : t->m[r]);
+  t->l[r] += ops->exp_row(s, columns, t->m[r] == -INFINITY ? 0 : t->m[r]);
   if (head->problem->dropout.p > 0) {
     fa_dropout_row row = fa_dropout_of(head, m0 + r, n0);
-    ops->dropout_row(&row, t->dropout, FA_BLOCK_N);
-    ops->multiply_row(s, s, t->dropout, FA_BLOCK_N);
+    ops->dropout_row(&row, t->dropout, columns);
+    ops->multiply_row(s, s, t->dropout, columns);
   }
 }
 
 /* l -> 1 / l and the log-sum-exp, the sink's logit joining the denominator. */
 static void finish_row(const fa_head *head, forward_tiles *t, int r, int m0) {
-  double lse, m = t->m[r], l = t->l[r], scale = 1;
+  double m = t->m[r], l = t->l[r], scale = 1;
   const fa_per_head *sinks = &head->problem->score.sinks;
   if (sinks->data) {
     double sink = fa_per_head_value(sinks, head->ops, head->b, head->h);
@@ -77,9 +77,8 @@ static void finish_row(const fa_head *head, forward_tiles *t, int r, int m0) {
       m = top;
     }
   }
-  lse = l == 0 ? -INFINITY : m + log(l);
   t->out_scale[r] = l == 0 ? 0 : scale / l;
-  fa_set_statistic(head, &head->problem->lse, m0 + r, lse);
+  if (head->problem->lse.data) fa_set_statistic(head, &head->problem->lse, m0 + r, l == 0 ? -INFINITY : m + log(l));
 }
 
 static void forward_tile(const fa_head *head, forward_tiles *t, int m0, int rows) {
@@ -95,11 +94,11 @@ static void forward_tile(const fa_head *head, forward_tiles *t, int m0, int rows
   fa_range keys = fa_key_tiles(head, m0, rows);
   for (int n0 = keys.lo; n0 < keys.hi; n0 += FA_BLOCK_N) {
     if (!fa_tile_in_block_mask(head, m0, n0)) continue;
-    int columns = fa_min(FA_BLOCK_N, head->seq.len_k - n0);
+    int columns = fa_min(FA_BLOCK_N, head->seq.len_k - n0), padded = fa_pad(columns);
     fa_load_keys_transposed(head, &p->k, n0, columns, p->dim_qk, t->kt);
-    ops->gemm(rows, FA_BLOCK_N, p->dim_qk, t->q, dim_qk, 1, t->kt, FA_BLOCK_N, t->s, FA_BLOCK_N, 0);
+    ops->gemm(rows, padded, p->dim_qk, t->q, dim_qk, 1, t->kt, FA_BLOCK_N, t->s, FA_BLOCK_N, 0);
     int partial = fa_score_tile(head, m0, rows, n0, columns, t->s, NULL);
-    for (int r = 0; r < rows; r++) softmax_row(head, t, r, m0, n0);
+    for (int r = 0; r < rows; r++) softmax_row(head, t, r, m0, n0, padded);
     fa_load_keys(head, &p->v, n0, columns, p->dim_v, t->v);
     if (partial && !ops->all_finite(t->v, (int64_t)columns * dim_v))
       ops->gemm_skipping_zeros(rows, dim_v, columns, t->s, FA_BLOCK_N, 1, t->v, dim_v, t->o, dim_v);

@@ -18,6 +18,8 @@ fa_gradient_tiles fa_carve_gradient_tiles(const fa_job *job, fa_arena *arena) {
   t.ds = fa_take(arena, scores);
   t.softcap = fa_take(arena, p->score.softcap > 0 ? scores : 0);
   t.multiplier = fa_take(arena, FA_BLOCK_N * real);
+  t.p_sum = fa_take(arena, rows * sizeof(double));
+  t.distances = fa_take(arena, rows * sizeof(double));
   return t;
 }
 
@@ -39,10 +41,12 @@ static void gradient_row(const fa_head *head, fa_gradient_tiles *t, int r, int m
   const fa_tile_ops *ops = head->ops;
   void *p = fa_at(ops, t->p, (int64_t)r * FA_BLOCK_N), *ds = fa_at(ops, t->ds, (int64_t)r * FA_BLOCK_N);
   double lse = fa_statistic(head, &head->problem->lse, m);
+  t->p_sum[r] = 0;
   if (lse == -INFINITY)
     memset(p, 0, FA_BLOCK_N * (size_t)ops->real_bytes); /* this row sees nothing */
   else
-    ops->exp_row(p, FA_BLOCK_N, lse);
+    t->p_sum[r] = ops->exp_row(p, FA_BLOCK_N, lse);
+  if (head->problem->score.alibi.data) t->distances[r] = ops->distance_sum(p, FA_BLOCK_N, fa_diagonal(head, m) - n0);
   if (head->problem->dropout.p > 0) {
     fa_dropout_row row = fa_dropout_of(head, m, n0);
     ops->dropout_row(&row, t->multiplier, FA_BLOCK_N);

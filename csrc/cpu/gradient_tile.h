@@ -12,6 +12,8 @@ typedef struct {
   void *ds;          /* [m][64] gradient of the score after softcap */
   void *softcap;     /* [m][64] d(score)/d(product * scale), only with softcap */
   void *multiplier;  /* [64] dropout */
+  double *p_sum;     /* [m] sums of exp(score - lse) over the tile, before dropout */
+  double *distances; /* [m] the same times |i + off - j|, only with ALiBi */
 } fa_gradient_tiles;
 
 fa_gradient_tiles fa_carve_gradient_tiles(const fa_job *job, fa_arena *arena);

@@ -45,6 +45,7 @@ double fa_statistic(const fa_head *head, const fa_view *view, int row) {
 }
 
 void fa_set_statistic(const fa_head *head, const fa_view *view, int row, double value) {
+  if (!view->data) return;
   void *at = element(view, statistic_dtype(head), head->b, head->h, head->seq.q_start + row);
   if (statistic_dtype(head) == FA_F64)
     *(double *)at = value;
@@ -95,7 +96,7 @@ int fa_score_tile(const fa_head *head, int m0, int rows, int n0, int columns, vo
     int i = m0 + r;
     row.lo = fa_max(fa_row_lo(rule, head->seq.len_q, head->seq.len_k, i) - n0, 0);
     row.hi = fa_min(fa_row_hi(rule, head->seq.len_q, head->seq.len_k, i) - n0, columns);
-    row.diagonal = i + head->seq.len_k - head->seq.len_q - n0;
+    row.diagonal = fa_diagonal(head, i) - n0;
     row.bias = grid_at(head, bias, i, n0);
     row.mask = grid_at(head, mask, i, n0);
     partial |= row.lo > 0 || row.hi < columns;

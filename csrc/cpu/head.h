@@ -20,10 +20,14 @@ double fa_per_head_value(const fa_per_head *t, const fa_tile_ops *ops, int b, in
 
 fa_head fa_head_of(const fa_problem *problem, const fa_tile_ops *ops, int b, int h);
 
+/* The key on row m's diagonal: ALiBi measures distances from it. */
+static inline int fa_diagonal(const fa_head *head, int m) { return m + head->seq.len_k - head->seq.len_q; }
+
 /* Row `row` of this head's sequence in a tensor of queries (q, out, dout, dq), of keys (k, v, dk, dv) or of statistics. */
 void *fa_query_row(const fa_head *head, const fa_view *view, int row);
 void *fa_key_row(const fa_head *head, const fa_view *view, int row);
 double fa_statistic(const fa_head *head, const fa_view *view, int row);
+/* Nothing where the tensor is absent. */
 void fa_set_statistic(const fa_head *head, const fa_view *view, int row, double value);
 
 /* Rows [start, start + rows) as a tile. */

@@ -14,9 +14,10 @@ void *fa_take(fa_arena *arena, size_t bytes);
 
 typedef struct {
   const fa_problem *problem;
-  const fa_tile_ops *ops;
-  const void *extra;    /* what this pass needs besides */
-  int block_m, tiles_m; /* query rows of a tile, tiles of the longest sequence */
+  const fa_tile_ops *ops;     /* for the problem's dtype */
+  const fa_tile_ops *ops_f64; /* for sums that need more */
+  const void *extra;          /* what this pass needs besides */
+  int block_m, tiles_m;       /* query rows of a tile, tiles of the longest sequence */
   char *scratch;
   size_t scratch_bytes; /* of one worker */
 } fa_job;

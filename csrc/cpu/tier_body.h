@@ -269,10 +269,12 @@ static void FN(signs_row)(void *s, const void *multiplier, int count) {
   for (int i = 0; i < count; i++) ((REAL *)s)[i] = ((const REAL *)multiplier)[i] == 0 ? -((REAL *)s)[i] : ((REAL *)s)[i];
 }
 
+/* delta in two parts: rounded to one, it would shift a whole row by one error. */
 static void FN(gradient_row)(void *ds, const void *p, const void *dp, double delta, int count) {
+  VEC high = FN(splat)((REAL)delta), low = FN(splat)((REAL)(delta - (double)(REAL)delta));
   for (int i = 0; i < count; i += LANES) {
     VEC weight = LOAD((const REAL *)p + i);
-    VEC gradient = weight * (LOAD((const REAL *)dp + i) - FN(splat)((REAL)delta));
+    VEC gradient = weight * ((LOAD((const REAL *)dp + i) - high) - low);
     STORE((REAL *)ds + i, FN(select)((IVEC)(weight == (VEC){0}), (VEC){0}, gradient));
   }
 }
@@ -288,9 +290,10 @@ static void FN(add_row)(void *out, const void *in, int count) {
 }
 
 static double FN(row_sum)(const void *s, int count) {
-  VEC sum = {0};
-  for (int i = 0; i < count; i += LANES) sum += LOAD((const REAL *)s + i);
-  return FN(horizontal_sum)(sum);
+  double sum[4] = {0, 0, 0, 0};
+  for (int i = 0; i < count; i += 4)
+    for (int c = 0; c < 4; c++) sum[c] += (double)((const REAL *)s)[i + c];
+  return sum[0] + sum[1] + (sum[2] + sum[3]);
 }
 
 static const fa_tile_ops FN(ops) = {
