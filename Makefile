@@ -2,7 +2,7 @@
 #
 # PYTHON=python3.12      which Python the virtual environment is made from
 # VENV=none              use $(PYTHON) as it is, with the packages it has, and build in place: no network needed
-# TORCH_INDEX=URL        where to take torch from; https://download.pytorch.org/whl/cpu leaves out its CUDA libraries
+# TORCH_INDEX=URL        one more place to take torch from, such as torch's own index of builds without the CUDA libraries
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -72,7 +72,7 @@ wheel: $(BUILT) ## a wheel in dist/ with compiled GPU kernels inside; ARCHS=sm_8
 
 C_SOURCES = $(shell find csrc tests/c examples -name '*.c')
 C_STYLED = $(shell find csrc tests examples -name '*.[ch]' -o -name '*.cu')
-C_FLAGS = -std=c11 -DPy_LIMITED_API=0x030A0000 -Wall -Wextra -Werror -I. \
+C_FLAGS = -std=c11 -DPy_LIMITED_API=0x030A0000 -Wall -Wextra -Werror -I. -Icsrc \
   -I$(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("include"))')
 
 lint: lint-c lint-python ## gcc and clang with warnings as errors, clang-format, cppcheck, ruff, mypy
@@ -81,7 +81,7 @@ lint-c: $(BUILT)
 	echo $(C_SOURCES) | xargs -n 1 -P 2 gcc $(C_FLAGS) -O2 -c -o /dev/null
 	echo $(C_SOURCES) | xargs -n 1 -P 2 clang $(C_FLAGS) -fsyntax-only
 	clang-format --dry-run -Werror $(C_STYLED)
-	cppcheck -q -j 2 --std=c11 --enable=warning,performance,portability --inline-suppr --suppress=missingReturn --error-exitcode=1 -I. $(C_SOURCES)
+	cppcheck -q -j 2 --std=c11 --enable=warning,performance,portability --inline-suppr --suppress=missingReturn --error-exitcode=1 -I. -Icsrc $(C_SOURCES)
 
 lint-python: $(BUILT)
 	$(PY) -m ruff check .

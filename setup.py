@@ -24,7 +24,8 @@ def host_sources() -> list[str]:
 def kernel_files() -> list[str]:
     """Kernels and every header they may include, by path below csrc/ (below csrc/cuda/ for kernels)."""
     kernels = glob.glob("csrc/cuda/kernels/*.cu") + glob.glob("csrc/cuda/kernels/*.h")
-    return sorted(kernels) + [f"csrc/core/{name}.h" for name in ("mask", "philox", "portable")]
+    shipped = glob.glob("csrc/cuda/store/prebuilt.txt")  # the list that `prebuild` compiles
+    return sorted(kernels) + [f"csrc/core/{name}.h" for name in ("mask", "philox", "portable")] + shipped
 
 
 def c_string(text: str) -> str:
@@ -45,20 +46,6 @@ def write_embedded_sources() -> None:
         file.write(text)
 
 
-# TEMPORARY-BEGIN
-STAND_IN = "build/cuda_stand_in.c"
-if not os.path.exists("csrc/cuda/engine.c"):
-    os.makedirs("build", exist_ok=True)
-    with open(STAND_IN, "w") as _f:
-        _f.write("""#include "csrc/cuda/engine.h"
-#include "csrc/core/error.h"
-fa_code fa_cuda_forward(const fa_problem *p, const fa_context *c, fa_error *e) { (void)p, (void)c; return fa_fail(e, FA_ERR_UNSUPPORTED, "q: no CUDA engine in this build"); }
-fa_code fa_cuda_backward(const fa_problem *p, const fa_context *c, fa_error *e) { (void)p, (void)c; return fa_fail(e, FA_ERR_UNSUPPORTED, "q: no CUDA engine in this build"); }
-fa_code fa_cuda_explain(const fa_problem *p, fa_direction d, char *t, size_t b, fa_error *e) { (void)p, (void)d, (void)t, (void)b; return fa_fail(e, FA_ERR_UNSUPPORTED, "q: no CUDA engine in this build"); }
-""")
-    _host = host_sources
-    def host_sources(): return [*_host(), STAND_IN]
-# TEMPORARY-END
 class Embed(Command):
     description = f"write the kernel files into {EMBEDDED}"
     user_options: ClassVar[list] = []

@@ -12,6 +12,7 @@ import torch
 import accuracy
 import host
 import speed
+import summary
 
 RESULTS = Path(os.path.relpath(Path(__file__).parent / "results"))
 
@@ -22,6 +23,7 @@ COMMANDS = {
     "accuracy": ("worst error over the list of test cases", accuracy.add_options, accuracy.run, None),
     "fwd": ("forward rates on this GPU, beside cuDNN's and others", lambda p: speed.add_options(p, "cuda"), speed.gpu_forward, "cuda"),
     "bwd": ("backward rates on this GPU, beside cuDNN's and others", lambda p: speed.add_options(p, "cuda"), speed.gpu_backward, "cuda"),
+    "readme": ("put the results into README.md", lambda p: None, summary.run, None),
 }
 
 

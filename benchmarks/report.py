@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple")
@@ -39,7 +40,7 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def draw_rates(folder: Path, name: str, title: str, rows: list[dict], rivals: list[str], unit: str, limits: dict[str, float]) -> Path:
+def draw_rates(folder: Path, name: str, title: str, rows: list[dict], rivals: list[str], unit: str) -> Path:
     """A grid of panels: dtypes down, directions and dims across; in each the rate of every rival over the sequence length."""
     import matplotlib
 
@@ -54,8 +55,10 @@ def draw_rates(folder: Path, name: str, title: str, rows: list[dict], rivals: li
         line[0].set_ylabel(f"{dtype}\n{unit}")
         for panel, (direction, dim) in zip(line, across, strict=True):
             here = [row for row in rows if (row["dtype"], row["direction"], row["dim"]) == (dtype, direction, dim)]
-            draw_panel(panel, here, rivals, limits.get(dtype))
+            draw_panel(panel, here, rivals)
             panel.set_title(f"{direction}, head dim {dim}", fontsize=10)
+        rates = [row[name] for row in rows for name in [*rivals, "matmul"] if row["dtype"] == dtype and row.get(name)]
+        line[0].set_ylim(0, 1.08 * max(rates))
     for panel in panels[-1]:
         panel.set_xlabel("sequence length (tokens)")
     handles, labels = panels[0][0].get_legend_handles_labels()
@@ -67,16 +70,15 @@ def draw_rates(folder: Path, name: str, title: str, rows: list[dict], rivals: li
     return path
 
 
-def draw_panel(panel, rows: list[dict], rivals: list[str], limit: float | None) -> None:
+def draw_panel(panel, rows: list[dict], rivals: list[str]) -> None:
     for rival, colour in zip(rivals, COLOURS, strict=False):
         for mask, style in (("full", "-"), ("causal", "--")):
             points = [(row["seqlen"], row[rival]) for row in rows if row["mask"] == mask and row.get(rival)]
             if points:
                 panel.plot(*zip(*points, strict=True), style, color=colour, marker="o", markersize=3, label=f"{rival}, {mask}")
-    if limit:
-        panel.axhline(limit, color="grey", linewidth=1, linestyle=":", label="matrix product")
+    limit = statistics.median(row["matmul"] for row in rows)
+    panel.axhline(limit, color="grey", linewidth=1, linestyle=":", label="matrix product")
     panel.set_xscale("log", base=2)
     seqlens = sorted({row["seqlen"] for row in rows})
     panel.set_xticks(seqlens, [f"{s // 1024}k" if s >= 1024 else str(s) for s in seqlens])
-    panel.set_ylim(bottom=0)
     panel.grid(True, alpha=0.3)

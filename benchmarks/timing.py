@@ -9,10 +9,14 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
 Candidates = dict[str, Callable[[], object]]
+
+SLOW_SECONDS = 3.0
 
 
 def machine(device: str) -> dict:
@@ -66,14 +70,14 @@ def seconds_cuda(call: Callable[[], object], repeats: int) -> float:
 def interleaved_medians(candidates: Candidates, device: str, rounds: int = 5, at_least: float = 0.05) -> dict[str, float]:
     """Seconds a call of each candidate: every round times each of them once, for `at_least` seconds, so that drift hits all alike.
 
-    One call of a candidate that takes longer than 40 times that is enough: what its first call costs besides does not show.
+    One call of a candidate that takes seconds is enough: what its first call costs besides does not show.
     """
     clock = seconds_cuda if device == "cuda" else seconds_cpu
     samples: dict[str, list[float]] = {}
     repeats = {}
     for name, call in candidates.items():
         first = clock(call, 1)  # compiles, allocates, starts threads
-        if first > 40 * at_least:
+        if first > SLOW_SECONDS:
             samples[name] = [first]
         else:
             samples[name], repeats[name] = [], max(1, round(at_least / max(clock(call, 1), 1e-7)))
@@ -83,20 +87,25 @@ def interleaved_medians(candidates: Candidates, device: str, rounds: int = 5, at
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def matmul_rate(dtype: torch.dtype, device: str, largest: int) -> float:
-    """FLOP/s of a square matrix product through torch: the machine's own limit, as far as a user can reach it.
+class Matmul(NamedTuple):
+    """A square matrix product through torch, to be timed beside attention: the machine's own limit, as far as a user can reach it."""
 
-    The size grows while a product takes no more than a quarter of a second. Where a CPU has no products of 16-bit numbers worth the name,
-    the limit is that of float32, since the inputs can be converted.
-    """
-    best = 0.0
-    for kind in {dtype, torch.float32}:
+    call: Callable[[], object]
+    flops: float
+
+
+def fastest_matmul(dtypes: set[torch.dtype], device: str, largest: int) -> Matmul:
+    """Of these dtypes and sizes up to `largest` the product with the best rate. The size grows while a product is quick."""
+    best, best_rate = None, 0.0
+    for dtype in dtypes:
         size, seconds = 128, 0.0
         while size < largest and seconds < 0.03:
             size *= 2
-            a, b = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
-            seconds = interleaved_medians({"matmul": lambda a=a, b=b: a @ b}, device, rounds=3)["matmul"]
-            best = max(best, 2 * size**3 / seconds)
+            a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+            call = partial(torch.matmul, a, b)
+            seconds = interleaved_medians({"matmul": call}, device, rounds=3)["matmul"]
+            if 2 * size**3 / seconds > best_rate:
+                best, best_rate = Matmul(call, 2 * size**3), 2 * size**3 / seconds
     return best
 
 

@@ -20,7 +20,13 @@ The common arguments, in order:
 from typing import Any
 
 def forward(*common_then_alloc: Any) -> None:
-    """Writes out and lse, and probs where given."""
+    """Writes out, and lse and probs where given; on CUDA devices lse must be."""
+
+def attention(q: Any, k: Any, v: Any, tensors: tuple | None, options: tuple, lse_too: bool, alloc: Any, /) -> Any:
+    """forward() that makes its outputs: out, or (out, lse). tensors = (bias .. probs), None for none; options = causal .. deterministic."""
+
+def constructors(empty_like: Any, empty_like_with_dim: Any, new_empty: Any, as_float32: dict[str, Any], /) -> None:
+    """How attention() makes tensors: empty_like(q), empty_like_with_dim(q, dim), new_empty(q, *shape, **as_float32)."""
 
 def backward(*common_then_gradients_then_alloc: Any) -> None:
     """gradients = dout, dlse, dq, dk, dv, dbias, dalibi_slopes, dsinks; reads the first two, writes the others where given."""

@@ -37,6 +37,7 @@ def _bench(rest: list[str]) -> int:
         print("bench: the benchmarks come with the source tree, not with the installed package", file=sys.stderr)
         return 2
     sys.argv = [str(script), *rest]
+    sys.path.insert(0, str(script.parent))  # its neighbours are not a package
     runpy.run_path(str(script), run_name="__main__")
     return 0
 

@@ -18,6 +18,7 @@ tensor_type = torch.Tensor
 check = checks.check
 
 _is_compiling = torch.compiler.is_compiling
+_is_traced = torch.compiler.is_dynamo_compiling  # cheaper to ask; other compilers come with a dispatch mode
 _is_autocast_enabled = torch._C._is_any_autocast_enabled
 _is_deterministic = torch._C._get_deterministic_algorithms
 _is_grad_enabled = torch.is_grad_enabled
@@ -30,27 +31,24 @@ _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
 
 def attention(q: Any, k: Any, v: Any, tensors: tuple, options: tuple, return_lse: bool, return_probs: bool = False) -> Any:
     """tensors and options as in api.py. Returns out, (out, lse) with return_lse, or (out, lse, probs) with return_probs."""
-    if _is_compiling() or not is_direct(q, k, v, tensors):
+    if _is_traced() or not is_direct(q, k, v, tensors):
         return _through_dispatcher(q, k, v, tensors, options, return_lse, return_probs)
     if _is_autocast_enabled():
         q, k, v = autocast(q, k, v)
+    given: tuple | None = None
     if options[4] or return_probs or _is_deterministic():
-        tensors, options = complete(q, k, tensors, options, return_probs)
-    elif tensors is NO_TENSORS:
-        tensors = calls.NO_TENSORS
+        given, options = complete(q, k, tensors, options, return_probs)
+    elif tensors is not NO_TENSORS:
+        given = (*tensors, None, None)
+    lse_too = return_lse or return_probs
+    learns = q.requires_grad or k.requires_grad or v.requires_grad or (tensors is not NO_TENSORS and _needs_grad(tensors))
+    if not learns or not _is_grad_enabled():
+        result = calls.forward(q, k, v, given, options, lse_too)
+    elif given is None:
+        result = _apply(q, k, v, (None, options, lse_too))
     else:
-        tensors += (None, None)
-    return_lse = return_lse or return_probs
-    if _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or _needs_grad(tensors)):
-        if tensors is calls.NO_TENSORS:
-            result = _apply(q, k, v, None, None, None, None, options, return_lse)
-        else:
-            result = _apply(q, k, v, tensors[0], tensors[2], tensors[3], tensors, options, return_lse)
-    else:
-        result = calls.forward(q, k, v, tensors, options)
-        if not return_lse:
-            return result[0]
-    return (*result, tensors[10]) if return_probs else result
+        result = _apply(q, k, v, (given, options, lse_too), given[0], given[2], given[3])
+    return (*result, given[10]) if given is not None and return_probs else result
 
 
 def is_direct(q: Any, k: Any, v: Any, tensors: tuple) -> bool:
@@ -69,7 +67,7 @@ def is_direct(q: Any, k: Any, v: Any, tensors: tuple) -> bool:
 
 
 def _needs_grad(tensors: tuple) -> bool:
-    return tensors is not calls.NO_TENSORS and any(t is not None and t.requires_grad for t in (tensors[0], tensors[2], tensors[3]))
+    return any(t is not None and t.requires_grad for t in (tensors[0], tensors[2], tensors[3]))
 
 
 def complete(q: Any, k: Any, tensors: tuple, options: tuple, return_probs: bool) -> tuple[tuple, tuple]:
@@ -96,17 +94,17 @@ def autocast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
 
 
 class _Attention(Function):
-    """tensors is None for none: most calls have none, and every argument and saved tensor costs host time."""
+    """call = (tensors, options, lse_too). tensors is None for none, and then bias, alibi_slopes and sinks are left out behind it: most
+    calls have none, and every argument and saved tensor costs host time."""
 
     @staticmethod
-    def forward(ctx: Any, q: Any, k: Any, v: Any, _bias: Any, _alibi: Any, _sinks: Any, tensors: Any, options: tuple, lse_too: bool) -> Any:
+    def forward(ctx: Any, q: Any, k: Any, v: Any, call: tuple, *_learned: Any) -> Any:
+        tensors, ctx.options, lse_too = call
+        out, lse = calls.forward(q, k, v, tensors, ctx.options, True)
         if tensors is None:
-            out, lse = calls.forward(q, k, v, calls.NO_TENSORS, options)
             ctx.save_for_backward(q, k, v, out, lse)
         else:
-            out, lse = calls.forward(q, k, v, tensors, options)
             ctx.save_for_backward(q, k, v, out, lse, *tensors[:10])
-        ctx.options = options
         if not lse_too:
             return out
         ctx.set_materialize_grads(False)
@@ -115,11 +113,12 @@ class _Attention(Function):
     @staticmethod
     def backward(ctx: Any, dout: Any, dlse: Any = None) -> tuple:
         q, k, v, out, lse, *tensors = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:6]
+        needs = ctx.needs_input_grad
+        wanted = (*needs[:3], *(needs[4:] or (False, False, False)))
         if dout is None:
             dout = torch.zeros_like(out)
         grads = gradients(dout, dlse, (q, k, v, out, lse), tuple(tensors) or calls.NO_TENSORS[:10], ctx.options, wanted)
-        return (*grads, None, None, None)
+        return (*grads[:3], None, *grads[3:]) if tensors else (*grads[:3], None)
 
 
 # Function.apply without the handling of function transforms, which do not come here: half its host time.

@@ -1,4 +1,4 @@
-"""From torch tensors into C: the one place that allocates outputs and gradients, in eager mode and for fake tensors alike.
+"""From torch tensors into C: the one place that says how outputs and gradients are allocated, in eager mode and for fake tensors alike.
 
 `tensors` here is the tuple of api.py with (rng_state, probs) behind it, as the C entry takes them.
 """
@@ -9,32 +9,16 @@ import torch
 
 from . import _C, checks
 
-_empty_like, _float32, _float64 = torch.empty_like, torch.float32, torch.float64
-
 NO_TENSORS: tuple[None, ...] = (None,) * 11
 
 
-def forward(q: Any, k: Any, v: Any, tensors: tuple, options: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs the forward pass now; returns (out, lse)."""
-    causal, window, scale, softcap, dropout_p, block_size, max_q, max_k, layout, deterministic = options
+def forward(q: Any, k: Any, v: Any, tensors: tuple | None, options: tuple, lse_too: bool = True) -> Any:
+    """Runs the forward pass now; returns out or (out, lse). tensors may be None for none of them."""
     try:
-        out, lse = allocate(q, k, v, layout)
-    except (TypeError, ValueError, IndexError, NotImplementedError):
-        explain_refusal(q, k, v, tensors, options)
-        raise
-    # fmt: off
-    try:
-        if tensors is NO_TENSORS:  # spelled out: unpacking it costs a tenth of the host time of a small call
-            _C.forward(q, k, v, out, lse, None, None, None, None, None, None, None, None, None, None, None,
-                       causal, window, scale, softcap, dropout_p, block_size, max_q, max_k, layout, deterministic,
-                       None if q.is_cpu else workspace)
-        else:
-            _C.forward(q, k, v, out, lse, *tensors, *options, None if q.is_cpu else workspace)
+        return _C.attention(q, k, v, tensors, options, lse_too, workspace)
     except TypeError:
-        checks.check(q, k, v, tensors[:9])  # may know better words for what C could not read
+        checks.check(q, k, v, (tensors or NO_TENSORS)[:9])  # may know better words for what C could not read
         raise
-    # fmt: on
-    return out, lse
 
 
 def backward(
@@ -47,12 +31,11 @@ def backward(
 ) -> None:
     """Runs the backward pass now. inputs = (q, k, v, out, lse); grads = (dq, dk, dv, dbias, dalibi_slopes, dsinks) are written,
     but for those that are None."""
-    alloc = None if inputs[0].is_cpu else workspace
-    _C.backward(*inputs, *tensors[:10], None, *options, dout, dlse, *grads, alloc)
+    _C.backward(*inputs, *tensors[:10], None, *options, dout, dlse, *grads, workspace)
 
 
 def allocate(q: Any, k: Any, v: Any, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """out with the layout of q, and lse. Raises ValueError or IndexError where the shapes leave no answer."""
+    """out with the layout of q, and lse: what forward makes, for fake tensors."""
     if q.dim() == 4:
         batch, seqlen, heads, dim = q.shape
         rows: tuple = (batch, heads, seqlen) if layout == "bshd" else (batch, seqlen, heads)
@@ -60,11 +43,8 @@ def allocate(q: Any, k: Any, v: Any, layout: str) -> tuple[torch.Tensor, torch.T
         total, heads, dim = q.shape
         rows = (heads, total)
     dim_v = v.size(-1)
-    out = _empty_like(q) if dim_v == dim else empty_like_with_dim(q, dim_v)
-    dtype = q.dtype
-    # new_empty is the cheapest constructor while it may keep the dtype, which shows on small tensors.
-    lse = q.new_empty(*rows) if dtype is _float32 or dtype is _float64 else q.new_empty(rows, dtype=_float32)
-    return out, lse
+    out = torch.empty_like(q) if dim_v == dim else empty_like_with_dim(q, dim_v)
+    return out, q.new_empty(rows, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
 def empty_like_with_dim(q: torch.Tensor, dim: int) -> torch.Tensor:
@@ -94,11 +74,8 @@ def workspace(size_bytes: int, device_index: int) -> torch.Tensor:
     return torch.empty(size_bytes, dtype=torch.uint8, device=torch.device("cuda", device_index))
 
 
-def explain_refusal(q: Any, k: Any, v: Any, tensors: tuple, options: tuple) -> None:
-    """No outputs could be made: says why in the user's names, by the kind of tensor, then by the validator's rules."""
-    checks.check(q, k, v, tensors[:9])
-    _C.explain(q, k, v, None, None, *tensors[:9], (0, 0), None, *options, False)
-
-
 def _up128(length: int) -> int:
     return (length + 127) // 128 * 128
+
+
+_C.constructors(torch.empty_like, empty_like_with_dim, torch.Tensor.new_empty, {"dtype": torch.float32})

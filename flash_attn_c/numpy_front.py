@@ -22,7 +22,7 @@ def attention(q: Any, k: Any, v: Any, tensors: tuple, options: tuple, return_lse
         rows = (rows[1], rows[0])
     elif layout == "bshd":
         rows = (rows[0], rows[2], rows[1])
-    lse = np.empty(rows, np.float64 if q.dtype == np.float64 else np.float32)
+    lse = np.empty(rows, np.float64 if q.dtype == np.float64 else np.float32) if return_lse else None
     _C.forward(q, k, v, out, lse, *tensors, rng_state, None, *options, None)
     return (out, lse) if return_lse else out
 

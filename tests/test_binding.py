@@ -71,6 +71,26 @@ def test_read_only_input():
     check(numpy_call(q=q))
 
 
+def test_lse_may_be_absent():
+    check(call(lse=None))
+
+
+@pytest.mark.parametrize("lse_too", [False, True])
+@pytest.mark.parametrize("dim_v", [8, 5])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_attention_makes_its_outputs(dtype, dim_v, lse_too):
+    q, k, v = (torch.randn(2, 5, 2, dim).to(dtype).transpose(0, 1) for dim in (8, 8, dim_v))
+    options = (False, None, None, 0.0, 0.0, 0, None, None, "bshd", False)
+    result = _C.attention(q, k, v, None, options, lse_too, None)
+    out, lse = result if lse_too else (result, None)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    request = call(q=q, k=k, v=v, out=torch.empty(5, 2, 2, dim_v, dtype=dtype), lse=torch.empty(5, 2, 2, dtype=wide))
+    binding.raw_forward(request)
+    assert torch.equal(out, request["out"])
+    assert out.transpose(0, 1).is_contiguous(), "the order of q's axes in memory"
+    assert lse is None or torch.equal(lse, request["lse"])
+
+
 def test_parameters_and_tensors_that_require_grad():
     check(call(q=torch.nn.Parameter(torch.randn(2, 5, 2, 8)).detach(), k=torch.randn(2, 5, 2, 8)))
     request = call(q=torch.nn.Parameter(torch.randn(2, 5, 2, 8)))
@@ -210,12 +230,12 @@ def test_lazily_negated_tensors_are_refused_by_the_front(view):
 def test_the_producer_is_quoted():
     class Broken:
         def __dlpack__(self, stream=None, max_version=None):
-            raise BufferError("no such memory")
+            raise BufferError("no such memory\nline 1 of a backtrace")
 
         def __dlpack_device__(self):
             return (1, 0)
 
-    with pytest.raises(TypeError, match=r"^k: .*no such memory") as caught:
+    with pytest.raises(TypeError, match=r"^k: .*no such memory$") as caught:
         binding.raw_forward(call(k=Broken()))
     assert isinstance(caught.value.__cause__, BufferError)
 
@@ -307,14 +327,23 @@ def test_refused_options(changes, error, words):
     assert (request["out"] == 7).all()
 
 
-@pytest.mark.parametrize("function", [_C.forward, _C.backward, _C.explain])
+@pytest.mark.parametrize("function", [_C.forward, _C.attention, _C.constructors, _C.backward, _C.explain])
 def test_a_wrong_number_of_arguments(function):
     with pytest.raises(TypeError, match="positional arguments, got 2"):
         function(1, 2)
 
 
+@pytest.mark.parametrize(
+    ("tensors", "options", "words"), [(None, (), "options: .* tuple of 10"), ((None,), (None,) * 10, "tensors: .* tuple of 11")]
+)
+def test_tuples_of_the_wrong_length(tensors, options, words):
+    request = call()
+    with pytest.raises(TypeError, match=words):
+        _C.attention(request["q"], request["k"], request["v"], tensors, options, False, None)
+
+
 def test_signatures_are_documented():
-    for function in (_C.forward, _C.backward, _C.explain, _C.describe):
+    for function in (_C.forward, _C.attention, _C.constructors, _C.backward, _C.explain, _C.describe):
         assert function.__text_signature__ and function.__doc__
 
 

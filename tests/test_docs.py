@@ -72,3 +72,12 @@ def test_demo_trains_both_ways_and_draws(tmp_path: Path) -> None:
     assert losses, printed
     assert float(losses[1]) == pytest.approx(float(losses[2]), abs=2e-3)
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_measured_figures_are_those_of_the_results(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import summary
+
+    shown = README.split(summary.BEGIN)[1].split(summary.END)[0]
+    assert shown == summary.measured(ROOT / "benchmarks/results")
+    assert "Speed on a CPU" in shown

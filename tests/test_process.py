@@ -130,11 +130,14 @@ def test_the_gil_is_released():
 
 
 def test_own_pool_without_torch():
-    code = WITHOUT_TORCH + """
+    code = (
+        WITHOUT_TORCH
+        + """
 attention(q, q, q)
 cpu = json.loads(_C.describe())["cpu"]
 print(cpu["thread_source"], cpu["threads"], threads())
 """
+    )
     source, count, threads = python(code, FLASH_ATTN_C_NUM_THREADS="3", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     assert (source, count, threads) == ("own", "3", "3")
 
@@ -230,13 +233,16 @@ def test_fork_of_a_fork():
 
 
 def test_fork_without_torch():
-    code = WITHOUT_TORCH + """
+    code = (
+        WITHOUT_TORCH
+        + """
 expected = attention(q, q, q)
 child = os.fork()
 if child == 0:
     os._exit(not np.array_equal(attention(q, q, q), expected))
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
+    )
     assert python(code, FLASH_ATTN_C_NUM_THREADS="2") == ["0"]
 
 

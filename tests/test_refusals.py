@@ -106,6 +106,8 @@ ROWS = [
     row("v", error=TypeError, v=3.5),
     row("q", "int64", "float16, bfloat16, float32 or float64", error=TypeError, q=Tensor.long),
     row("q", error=TypeError, q=lambda q: q.to(torch.complex64)),
+    row("q", "unsupported dtype", "float16, bfloat16, float32 or float64", error=TypeError, q=lambda q: q.to(torch.uint8)),
+    row("mask", "unsupported dtype", "bool", error=TypeError, mask=torch.zeros(5, 7, dtype=torch.uint8)),
     row("k", "float64", "float32", error=TypeError, k=Tensor.double),
     row("v", "bfloat16", "float32", error=TypeError, v=Tensor.bfloat16),
     row("q", "float8_e4m3fn", "not supported", error=NotImplementedError, **dict.fromkeys("qkv", lambda t: t.to(torch.float8_e4m3fn))),
@@ -224,7 +226,6 @@ ROWS = [
     row("rng_state", error=TypeError, dropout_p=0.5, rng=(0.5, 1)),
     # outputs
     row("out", error=TypeError, out=None),
-    row("lse", error=TypeError, lse=None),
     row("out", "float64", "float32", error=TypeError, out=Tensor.double),
     row("out", "(2, 5, 4, 16)", "(2, 5, 4, 8)", out=torch.full((2, 5, 4, 16), NAN)),
     row("lse", "(2, 5, 4)", "(2, 4, 5)", lse=torch.full((2, 5, 4), NAN)),
@@ -250,6 +251,7 @@ ROWS = [
     backward("dsinks", "without sinks", dsinks=torch.full((4,), NAN)),
     backward("dsinks", "float64", error=TypeError, sinks=torch.zeros(4), dsinks=torch.full((4,), NAN, dtype=torch.float64)),
     backward("out", error=TypeError, out=None),
+    backward("lse", error=TypeError, lse=None),
     backward("probs", "forward", probs=torch.full((2, 4, 128, 128), NAN)),
 ]  # fmt: skip
 

@@ -96,7 +96,7 @@ static void forward_tile(const fa_head *head, forward_tiles *t, int m0, int rows
     if (!fa_tile_in_block_mask(head, m0, n0)) continue;
     int columns = fa_min(FA_BLOCK_N, head->seq.len_k - n0), padded = fa_pad(columns);
     fa_load_keys_transposed(head, &p->k, n0, columns, p->dim_qk, t->kt);
-    ops->gemm(rows, padded, p->dim_qk, t->q, dim_qk, 1, t->kt, FA_BLOCK_N, t->s, FA_BLOCK_N, 0);
+    ops->gemm(rows, FA_BLOCK_N, p->dim_qk, t->q, dim_qk, 1, t->kt, FA_BLOCK_N, t->s, FA_BLOCK_N, 0);
     int partial = fa_score_tile(head, m0, rows, n0, columns, t->s, NULL);
     for (int r = 0; r < rows; r++) softmax_row(head, t, r, m0, n0, padded);
     fa_load_keys(head, &p->v, n0, columns, p->dim_v, t->v);

@@ -39,6 +39,7 @@ fa_code fa_job_run(fa_job *job, size_t scratch_bytes, int64_t tasks, void (*task
     _Alignas(64) char scratch[STACK_BYTES];
     job->scratch = scratch;
     fa_parallel(tasks, workers, task, job);
+    job->scratch = NULL;
     return FA_OK;
   }
   job->scratch = aligned_alloc(64, scratch_bytes * (size_t)workers);

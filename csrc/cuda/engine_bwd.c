@@ -1,14 +1,55 @@
-/* engine_bwd.c: the CUDA engine's backward pass. */
-#include "../core/error.h"
+/* engine_bwd.c: the CUDA engine's backward pass: plan -> workspace -> launches. */
 #include "engine.h"
-#include "plan.h"
+#include "kernels/args_bwd.h"
+#include "launch.h"
+#include "plan_bwd.h"
 
-fa_code fa_cuda_backward(const fa_problem *problem, const fa_context *context, fa_error *error) {
-  (void)problem, (void)context;
-  return fa_fail(error, FA_ERR_UNSUPPORTED, "q: no CUDA backward in this build");
+static fa_arg_bias_gradient bias_gradient(const fa_grid *g) {
+  return (fa_arg_bias_gradient){fa_arg_of_grid(g), g->batch, g->heads, g->rows, g->columns};
 }
 
-fa_code fa_explain_backward(const fa_problem *problem, const fa_device_limits *limits, char *text, size_t bytes, fa_error *error) {
-  (void)problem, (void)limits, (void)text, (void)bytes;
-  return fa_fail(error, FA_ERR_UNSUPPORTED, "q: no CUDA backward in this build");
+static void *at(char *workspace, size_t offset) { return workspace && offset ? workspace + offset : NULL; }
+
+static fa_gradient_args arguments_of(const fa_problem *p, const fa_backward_plan *plan, char *workspace) {
+  return (fa_gradient_args){
+      .problem = fa_arg_of_problem(p),
+      .q = fa_arg_of_view(&p->q),
+      .k = fa_arg_of_view(&p->k),
+      .v = fa_arg_of_view(&p->v),
+      .out = fa_arg_of_view(&p->out),
+      .lse = fa_arg_of_view(&p->lse),
+      .dout = fa_arg_of_view(&p->grad.dout),
+      .dlse = fa_arg_of_view(&p->grad.dlse),
+      .dq = fa_arg_of_view(&p->grad.dq),
+      .dk = fa_arg_of_view(&p->grad.dk),
+      .dv = fa_arg_of_view(&p->grad.dv),
+      .dbias = bias_gradient(&p->grad.dbias),
+      .dalibi = fa_arg_of_heads(&p->grad.dalibi),
+      .dsinks = fa_arg_of_heads(&p->grad.dsinks),
+      .pad_tiles = plan->pad_tiles,
+      .key_tiles = plan->key_tiles,
+      .row_tiles = plan->row_tiles,
+      .row_tile = plan->row_tile,
+      .dq_columns = plan->dq_columns,
+      .workspace_rows = plan->workspace_rows,
+      .lse_rows = workspace,
+      .delta_rows = at(workspace, plan->delta_offset),
+      .dq_sum = at(workspace, plan->dq_sum_offset),
+      .dalibi_tiles = at(workspace, plan->dalibi_offset),
+  };
+}
+
+fa_code fa_cuda_backward(const fa_problem *problem, const fa_context *context, fa_error *error) {
+  fa_device_limits limits;
+  fa_backward_plan plan;
+  char *workspace;
+  fa_code code = fa_limits_of(problem, &limits, error);
+  if (code == FA_OK) code = fa_plan_backward(problem, &limits, &plan, error);
+  if (code == FA_OK) code = fa_workspace(context, plan.workspace_bytes, &workspace, error);
+  if (code != FA_OK) return code;
+  fa_gradient_args arguments = arguments_of(problem, &plan, workspace);
+  for (int i = 0; i < FA_BWD_LAUNCHES && code == FA_OK; i++)
+    if (plan.launches[i].kernel)
+      code = fa_launch(problem->device_index, &plan.launches[i], &arguments, context ? context->stream : NULL, error);
+  return code;
 }

@@ -76,7 +76,7 @@ fa_code fa_launch(int device, const fa_planned_kernel *planned, void *arguments,
   fa_code code = fa_store_get(device, &variant, &kernel, error);
   if (code != FA_OK) return code;
   const fa_launch_shape shape = {
-      .grid = {(unsigned)planned->grid, 1, 1},
+      .grid = {(unsigned)planned->grid, (unsigned)fa_max(1, planned->grid_y), 1},
       .block = {(unsigned)planned->threads, 1, 1},
       .smem_bytes = (unsigned)planned->smem_bytes,
       .stream = stream,

@@ -7,21 +7,21 @@
 #include "../core/error.h"
 
 typedef struct {
-  int element_bytes, dim, plain, block_m, block_n, warps, stages, ctas, q_registers;
+  int element_bytes, dim, columns, plain, most_cc, block_m, block_n, warps, stages, ctas;
 } forward_tile;
 
 static const forward_tile forward_tiles[] = {
-#define FA_FWD_TILE(size, dim, plain, m, n, warps, stages, ctas, q_registers) {size, dim, plain, m, n, warps, stages, ctas, q_registers},
+#define FA_FWD_TILE(size, dim, columns, plain, cc, m, n, warps, stages, ctas) {size, dim, columns, plain, cc, m, n, warps, stages, ctas},
 #include "tiles.def"
 #undef FA_FWD_TILE
 };
 
 enum {
-  DIM_PAD = 32,         /* swizzled rows are multiples of four 16-byte chunks */
-  PLAIN_ROWS = 4,       /* query rows of a CTA of fwd_f64 and probs: a warp each */
-  COMBINE_ROWS = 4,     /* likewise of combine */
-  MIN_SPLIT_TILES = 4,  /* key tiles that a split should have at least */
-  MAX_SPLITS = 128,
+  DIM_PAD = 32,        /* swizzled rows are multiples of four 16-byte chunks */
+  PLAIN_ROWS = 4,      /* query rows of a CTA of fwd_f64 and probs: a warp each */
+  COMBINE_ROWS = 4,    /* likewise of combine */
+  MIN_SPLIT_TILES = 4, /* key tiles that a split should have at least */
+  MAX_SPLITS = 256,
 };
 
 int fa_rows_are_aligned(const fa_view *view, int dim, fa_dtype dtype) {
@@ -41,18 +41,19 @@ int64_t fa_sequence_tiles(const fa_problem *p, int64_t total, int seqlen, int ro
   return bounded < unbounded ? bounded : unbounded;
 }
 
-static int smem_of(const forward_tile *t, int dim_qk, int dim_v) {
-  int tiles = (t->block_m * dim_qk + t->stages * t->block_n * (dim_qk + dim_v)) * t->element_bytes;
-  return fa_max(tiles, t->block_m * (dim_v + 8) * 4);
+/* As laid out in fwd_sm80.cu. */
+static int smem_of(const forward_tile *t, int dim_qk, int columns) {
+  int tiles = (t->block_m * dim_qk + t->stages * t->block_n * (dim_qk + columns)) * t->element_bytes;
+  return fa_max(tiles, t->block_m * (columns + 8) * 4);
 }
 
 static const forward_tile *choose_tile(const fa_problem *p, const fa_device_limits *limits, int plain, int dim_qk, int dim_v) {
-  int block = p->visibility.block_size;
+  int block = p->visibility.block_size, cc = limits->cc_major * 10 + limits->cc_minor;
   for (size_t i = 0; i < sizeof forward_tiles / sizeof *forward_tiles; i++) {
     const forward_tile *t = &forward_tiles[i];
     if (t->element_bytes != fa_dtype_bytes(p->dtype) || t->dim < fa_max(dim_qk, dim_v) || (t->plain && !plain)) continue;
-    if (block && (block % t->block_m || block % t->block_n)) continue;
-    if (smem_of(t, dim_qk, dim_v) <= limits->smem_per_block_optin) return t;
+    if ((t->most_cc && cc > t->most_cc) || (block && (block % t->block_m || block % t->block_n))) continue;
+    if (smem_of(t, dim_qk, fa_min(dim_v, t->columns)) <= limits->smem_per_block_optin) return t;
   }
   return NULL;
 }
@@ -71,7 +72,8 @@ static int choose_splits(const fa_problem *p, const fa_device_limits *limits, co
 
 static fa_code check_grid(int64_t ctas, fa_error *error) {
   if (ctas <= INT32_MAX) return FA_OK;
-  return fa_fail(error, FA_ERR_UNSUPPORTED, "q: batch, heads and seqlen make %lld tiles, the limit of a GPU grid is %d", (long long)ctas, INT32_MAX);
+  return fa_fail(error, FA_ERR_UNSUPPORTED, "q: batch, heads and seqlen make %lld tiles, the limit of a GPU grid is %d", (long long)ctas,
+                 INT32_MAX);
 }
 
 static void note(fa_forward_plan *plan, const char *text) {
@@ -90,7 +92,6 @@ static fa_code plan_f64(const fa_problem *p, fa_forward_plan *plan, fa_error *er
   if (p->lengths.packed) heads = p->heads_q;
   plan->block_m = PLAIN_ROWS;
   plan->block_n = 32;
-  plan->stages = 1;
   plan->tiles = (int)fa_max(1, (int)tiles);
   plan->main = warp_a_row("fwd_f64", p->dtype, PLAIN_ROWS, tiles * heads);
   note(plan, "float64 runs on CUDA cores, for gradient checks");
@@ -101,25 +102,34 @@ static fa_code plan_sm80(const fa_problem *p, const fa_device_limits *limits, fa
   int dim_qk = fa_round_up(p->dim_qk, DIM_PAD), dim_v = fa_round_up(p->dim_v, DIM_PAD);
   int aligned = fa_rows_are_aligned(&p->q, p->dim_qk, p->dtype) && fa_rows_are_aligned(&p->k, p->dim_qk, p->dtype) &&
                 fa_rows_are_aligned(&p->v, p->dim_v, p->dtype);
-  int score = fa_changes_scores(p), dropout = p->dropout.p > 0;
-  const forward_tile *t = choose_tile(p, limits, aligned && !score && !dropout, dim_qk, dim_v);
+  int score = fa_changes_scores(p), dropout = p->dropout.p > 0, block_mask = p->visibility.block_size != 0;
+  const forward_tile *t = choose_tile(p, limits, aligned && !score && !dropout && !block_mask, dim_qk, dim_v);
   if (!t)
-    return fa_fail(error, FA_ERR_UNSUPPORTED, "q: head dims %d and %d with a block size of %d fit no kernel within %d bytes of shared memory", p->dim_qk,
-                   p->dim_v, p->visibility.block_size, limits->smem_per_block_optin);
-  int64_t tiles = fa_sequence_tiles(p, p->total_q, p->seqlen_q, t->block_m), heads = (int64_t)p->heads_q * (p->lengths.packed ? 1 : p->batch);
+    return fa_fail(error, FA_ERR_UNSUPPORTED,
+                   "q: head dims %d and %d with a block size of %d fit no kernel within %d bytes of shared memory", p->dim_qk, p->dim_v,
+                   p->visibility.block_size, limits->smem_per_block_optin);
+  int columns = fa_min(dim_v, t->columns), parts = fa_ceil_div(dim_v, columns);
+  int64_t tiles = fa_sequence_tiles(p, p->total_q, p->seqlen_q, t->block_m),
+          heads = (int64_t)p->heads_q * (p->lengths.packed ? 1 : p->batch);
   plan->block_m = t->block_m;
   plan->block_n = t->block_n;
   plan->stages = t->stages;
-  plan->splits = choose_splits(p, limits, t, tiles * heads);
+  plan->splits = choose_splits(p, limits, t, tiles * heads * parts);
   fa_code code = check_grid(tiles * heads * plan->splits, error);
   if (code != FA_OK) return code;
   plan->tiles = fa_max(1, (int)tiles);
 
   fa_planned_kernel *k = &plan->main;
-  *k = (fa_planned_kernel){.kernel = "fwd_sm80", .grid = tiles * heads * plan->splits, .threads = 32 * t->warps, .smem_bytes = smem_of(t, dim_qk, dim_v)};
-  const fa_constant constants[] = {{"DTYPE", (int)p->dtype}, {"HEAD_DIM", dim_qk},      {"DIM_V", dim_v},    {"BLOCK_M", t->block_m},
-                                   {"BLOCK_N", t->block_n},  {"WARPS", t->warps},       {"STAGES", t->stages}, {"CTAS", t->ctas},
-                                   {"Q_REGISTERS", t->q_registers}, {"ALIGNED", aligned}, {"SCORE", score},    {"DROPOUT", dropout}};
+  *k = (fa_planned_kernel){.kernel = "fwd_sm80",
+                           .grid = tiles * heads * plan->splits,
+                           .grid_y = parts,
+                           .threads = 32 * t->warps,
+                           .smem_bytes = smem_of(t, dim_qk, columns)};
+  const fa_constant constants[] = {
+      {"DTYPE", (int)p->dtype}, {"HEAD_DIM", dim_qk}, {"DIM_V", columns},    {"BLOCK_M", t->block_m},
+      {"BLOCK_N", t->block_n},  {"WARPS", t->warps},  {"STAGES", t->stages}, {"CTAS", t->ctas},
+      {"ALIGNED", aligned},     {"SCORE", score},     {"DROPOUT", dropout},  {"BLOCK_MASK", block_mask},
+  };
   for (size_t i = 0; i < sizeof constants / sizeof *constants; i++) fa_add_constant(k, constants[i].name, constants[i].value);
   if (!aligned) note(plan, "q, k or v: rows are not contiguous, 16-byte aligned and a multiple of 16 bytes: loaded element by element");
   if (p->dtype == FA_F32) note(plan, "float32 runs on tensor cores in three TF32 terms");
@@ -128,7 +138,8 @@ static fa_code plan_sm80(const fa_problem *p, const fa_device_limits *limits, fa
 
 static fa_code plan_combine(const fa_problem *p, fa_forward_plan *plan, fa_error *error) {
   if (plan->splits == 1) return FA_OK;
-  int64_t tiles = fa_sequence_tiles(p, p->total_q, p->seqlen_q, COMBINE_ROWS), heads = (int64_t)p->heads_q * (p->lengths.packed ? 1 : p->batch);
+  int64_t tiles = fa_sequence_tiles(p, p->total_q, p->seqlen_q, COMBINE_ROWS),
+          heads = (int64_t)p->heads_q * (p->lengths.packed ? 1 : p->batch);
   size_t rows = (size_t)p->heads_q * (size_t)p->total_q, splits = (size_t)plan->splits;
   plan->combine_tiles = (int)tiles;
   plan->combine = warp_a_row("combine", p->dtype, COMBINE_ROWS, tiles * heads);
@@ -161,12 +172,14 @@ fa_code fa_explain_forward(const fa_problem *p, const fa_device_limits *limits, 
   for (int i = 0, used = 0; i < plan.main.constant_count; i++)
     used += snprintf(constants + used, sizeof constants - (size_t)used, "%s\"%s\": %d", i ? ", " : "", plan.main.constants[i].name,
                      plan.main.constants[i].value);
-  int needed = snprintf(text, bytes,
-                        "{\"engine\": \"cuda\", \"kernel\": \"%s\", \"arithmetic\": \"%s\", \"block_m\": %d, \"block_n\": %d, \"stages\": %d, "
-                        "\"splits\": %d, \"ctas\": %lld, \"threads\": %d, \"smem_bytes\": %d, \"constants\": {%s}, \"workspace_bytes\": %zu, "
-                        "\"deterministic\": true, \"notes\": [%s]}",
-                        plan.main.kernel, p->dtype == FA_F64 ? "float64" : "float32", plan.block_m, plan.block_n, plan.stages, plan.splits,
-                        (long long)plan.main.grid, plan.main.threads, plan.main.smem_bytes, constants, plan.workspace_bytes, notes);
+  int needed =
+      snprintf(text, bytes,
+               "{\"engine\": \"cuda\", \"kernel\": \"%s\", \"arithmetic\": \"%s\", \"block_m\": %d, \"block_n\": %d, "
+               "\"splits\": %d, \"ctas\": %lld, \"threads\": %d, \"smem_bytes\": %d, \"constants\": {%s}, \"workspace_bytes\": %zu, "
+               "\"deterministic\": true, \"notes\": [%s]}",
+               plan.main.kernel, p->dtype == FA_F64 ? "float64" : "float32", plan.block_m, plan.block_n, plan.splits,
+               (long long)plan.main.grid * fa_max(1, plan.main.grid_y), plan.main.threads, plan.main.smem_bytes, constants,
+               plan.workspace_bytes, notes);
   if (needed < 0 || (size_t)needed >= bytes)
     return fa_fail(error, FA_ERR_VALUE, "text: %zu bytes are too few, %d needed", bytes, needed + 1);
   return FA_OK;

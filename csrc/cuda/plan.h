@@ -13,7 +13,8 @@ typedef struct {
   const char *kernel;
   fa_constant constants[FA_MAX_CONSTANTS];
   int constant_count;
-  int64_t grid; /* CTAs */
+  int64_t grid; /* CTAs on the first axis */
+  int grid_y;   /* and on the second; 0 means 1 */
   int threads;
   int smem_bytes; /* dynamic */
 } fa_planned_kernel;

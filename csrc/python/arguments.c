@@ -201,6 +201,21 @@ static int parse_options(fa_intake *intake, PyObject *const *args, fa_request *r
   return fa_parse_bool("deterministic", args[FA_ARG_DETERMINISTIC], &r->deterministic);
 }
 
+static int spread(const char *name, PyObject *tuple, PyObject **args, Py_ssize_t count) {
+  if (!PyTuple_Check(tuple) || PyTuple_Size(tuple) != count) {
+    PyErr_Format(PyExc_TypeError, "%s: must be a tuple of %zd", name, count);
+    return -1;
+  }
+  for (Py_ssize_t i = 0; i < count; i++) args[i] = PyTuple_GetItem(tuple, i);
+  return 0;
+}
+
+int fa_spread_tuples(PyObject *const qkv[3], PyObject *tensors, PyObject *options, PyObject *args[FA_ARG_COMMON]) {
+  for (int i = 0; i < FA_ARG_CAUSAL; i++) args[i] = i < 3 ? qkv[i] : Py_None;
+  if (tensors != Py_None && spread("tensors", tensors, args + FA_ARG_BIAS, FA_ARG_CAUSAL - FA_ARG_BIAS) < 0) return -1;
+  return spread("options", options, args + FA_ARG_CAUSAL, FA_ARG_COMMON - FA_ARG_CAUSAL);
+}
+
 int fa_parse_common(fa_intake *intake, PyObject *const *args, fa_request *request) {
   memset(request, 0, sizeof *request);
   if (parse_tensors(intake, common_tensors, sizeof common_tensors / sizeof *common_tensors, args, request) < 0) return -1;

@@ -7,6 +7,8 @@
 /* Positions, as in flash_attn_c/_C.pyi. */
 enum {
   FA_ARG_Q = 0,
+  FA_ARG_OUT = 3,
+  FA_ARG_BIAS = 5,
   FA_ARG_RNG_STATE = 14,
   FA_ARG_CAUSAL = 16,
   FA_ARG_WINDOW,
@@ -22,6 +24,10 @@ enum {
   FA_ARG_DOUT = FA_ARG_COMMON, /* backward: dout .. dsinks */
   FA_ARG_GRADIENTS_END = FA_ARG_DOUT + 8
 };
+
+/* The same positions from the tuples of api.py: tensors (bias .. probs, or None for none of them) and options (causal .. deterministic).
+ * out and lse are None. Borrows all. 0, or -1 with a Python error set. */
+int fa_spread_tuples(PyObject *const qkv[3], PyObject *tensors, PyObject *options, PyObject *args[FA_ARG_COMMON]);
 
 /* Fills *request from the common arguments. 0, or -1 with a Python error set. */
 int fa_parse_common(fa_intake *intake, PyObject *const *args, fa_request *request);

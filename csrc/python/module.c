@@ -7,9 +7,11 @@
 
 #include "arguments.h"
 #include "kernel_tools.h"
+#include "outputs.h"
 
 typedef struct {
   fa_type_cache types;
+  fa_maker maker;
 } module_state;
 
 static PyObject *raise_error(const fa_error *error) {
@@ -56,15 +58,24 @@ static void *workspace_alloc(void *context, size_t bytes) {
 
 /* ---- Functions ---- */
 
+enum { FEW_ELEMENTS = 256 };
+
 typedef fa_code (*engine_call)(const fa_request *request, const fa_context *context, fa_error *error);
 
-/* The CPU engine runs without the GIL. A GPU launch is over sooner than the GIL could be had back, and it calls Python for workspace. */
+static int has_few_elements(const fa_tensor *t) {
+  int64_t count = 1;
+  for (int i = 0; i < t->ndim && count <= FEW_ELEMENTS; i++) count *= t->shape[i] < FEW_ELEMENTS ? t->shape[i] : FEW_ELEMENTS + 1;
+  return count <= FEW_ELEMENTS;
+}
+
+/* The CPU engine runs without the GIL, but for what is over sooner than the GIL could be had back: a tiny problem. So is a GPU launch,
+ * which calls Python for workspace. */
 static PyObject *run(engine_call call, const fa_request *request, fa_intake *intake, PyObject *alloc) {
   fa_error error;
   fa_code code;
   workspace w = {alloc, intake, request->q.device_index, NULL};
   fa_context context = {intake->stream, workspace_alloc, &w};
-  if (request->q.device == FA_CUDA) {
+  if (request->q.device == FA_CUDA || (has_few_elements(&request->q) && has_few_elements(&request->k))) {
     code = call(request, &context, &error);
   } else {
     PyThreadState *released = PyEval_SaveThread();
@@ -86,6 +97,40 @@ static PyObject *forward(PyObject *self, PyObject *const *args, Py_ssize_t count
   fa_intake_begin(&intake, &state->types);
   PyObject *result = NULL;
   if (fa_parse_common(&intake, args, &request) == 0) result = run(fa_forward, &request, &intake, args[FA_ARG_COMMON]);
+  fa_intake_end(&intake);
+  return result;
+}
+
+static PyObject *constructors(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+  module_state *state = PyModule_GetState(self);
+  if (check_count("constructors", count, FA_MAKER_PARTS) < 0) return NULL;
+  fa_maker_set(&state->maker, args);
+  Py_RETURN_NONE;
+}
+
+/* The outputs are handed on, so they are dropped only where there is none to hand. */
+static PyObject *take_outputs(fa_outputs *outputs, int with_lse) {
+  PyObject *result = with_lse ? PyTuple_Pack(2, outputs->out, outputs->lse) : outputs->out;
+  if (!with_lse) outputs->out = NULL;
+  return result;
+}
+
+static PyObject *attention(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+  module_state *state = PyModule_GetState(self);
+  PyObject *common[FA_ARG_COMMON], *done = NULL, *result = NULL;
+  fa_outputs outputs = {NULL, NULL};
+  fa_request request;
+  fa_intake intake;
+  if (check_count("attention", count, 7) < 0 || fa_spread_tuples(args, args[3], args[4], common) < 0) return NULL;
+  int with_lse = PyObject_IsTrue(args[5]);
+  if (with_lse < 0) return NULL;
+  fa_intake_begin(&intake, &state->types);
+  if (fa_parse_common(&intake, common, &request) == 0 &&
+      fa_outputs_make(&outputs, &state->maker, &intake, args[0], with_lse, &request) == 0)
+    done = run(fa_forward, &request, &intake, args[6]);
+  if (done) result = take_outputs(&outputs, with_lse);
+  Py_XDECREF(done);
+  fa_outputs_drop(&outputs);
   fa_intake_end(&intake);
   return result;
 }
@@ -149,6 +194,10 @@ static PyObject *describe(PyObject *self, PyObject *unused) {
 static PyMethodDef methods[] = {
     {"forward", (PyCFunction)(void (*)(void))forward, METH_FASTCALL,
      "forward(" COMMON_SIGNATURE "alloc, /)\n--\n\nWrites out, lse and, when given, probs."},
+    {"attention", (PyCFunction)(void (*)(void))attention, METH_FASTCALL,
+     "attention(q, k, v, tensors, options, lse_too, alloc, /)\n--\n\nforward() that makes its outputs: out, or (out, lse)."},
+    {"constructors", (PyCFunction)(void (*)(void))constructors, METH_FASTCALL,
+     "constructors(empty_like, empty_like_with_dim, new_empty, as_float32, /)\n--\n\nHow attention() makes tensors."},
     {"backward", (PyCFunction)(void (*)(void))backward, METH_FASTCALL,
      "backward(" COMMON_SIGNATURE
      "dout, dlse, dq, dk, dv, dbias, dalibi_slopes, dsinks, alloc, /)\n--\n\nWrites the gradients that are given."},
@@ -179,12 +228,17 @@ static int module_exec(PyObject *module) {
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg) {
   module_state *state = PyModule_GetState(module);
-  return state ? fa_type_cache_visit(&state->types, visit, arg) : 0;
+  if (!state) return 0;
+  int stopped = fa_type_cache_visit(&state->types, visit, arg);
+  return stopped ? stopped : fa_maker_visit(&state->maker, visit, arg);
 }
 
 static int module_clear(PyObject *module) {
   module_state *state = PyModule_GetState(module);
-  if (state) fa_type_cache_clear(&state->types);
+  if (!state) return 0;
+  static PyObject *const none[FA_MAKER_PARTS];
+  fa_type_cache_clear(&state->types);
+  fa_maker_set(&state->maker, none);
   return 0;
 }
 

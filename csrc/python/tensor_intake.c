@@ -89,6 +89,16 @@ static PyObject *class_of_producer_error(void) {
   return NULL;
 }
 
+/* What an error says, without the lines of a backtrace that some libraries put behind it. NULL with an error set. */
+static PyObject *first_line(PyObject *error) {
+  PyObject *text = PyObject_Str(error);
+  Py_ssize_t end = text ? PyUnicode_FindChar(text, '\n', 0, PyUnicode_GetLength(text), 1) : -1;
+  if (end < 0) return text;
+  PyObject *line = PyUnicode_Substring(text, 0, end);
+  Py_DECREF(text);
+  return line;
+}
+
 /* Replaces the producer's pending error by one that names the argument and quotes it; the original becomes the cause. */
 static int fail_as_producer(const char *name) {
   PyObject *type, *value, *trace, *cause;
@@ -105,7 +115,9 @@ static int fail_as_producer(const char *name) {
   Py_XDECREF(type);
   Py_XDECREF(trace);
 
-  PyErr_Format(kind, "%s: cannot be read as a strided tensor: %S", name, cause);
+  PyObject *words = first_line(cause);
+  if (words) PyErr_Format(kind, "%s: cannot be read as a strided tensor: %U", name, words);
+  Py_XDECREF(words);
   PyErr_Fetch(&type, &value, &trace);
   PyErr_NormalizeException(&type, &value, &trace);
   PyException_SetCause(value, cause); /* takes our reference */

@@ -1,5 +1,5 @@
-/* args.h: what a kernel is told. One plain struct for the forward kernels and one for the backward kernels, passed by value. Read by the
- * host and by NVRTC, so both sides agree on every byte.
+/* args.h: what a kernel is told: one plain struct for the forward kernels, passed by value (args_bwd.h: the backward ones). Read by the host and
+ * by NVRTC, so both sides agree on every byte.
  *
  * Strides count elements. A tensor whose data pointer is 0 is absent. Nothing here depends on a length that only the device knows: those
  * are read from cu_* and used_*, so that a captured graph can be replayed with new lengths and new random state.
@@ -72,32 +72,10 @@ typedef struct {
   fa_arg_view lse;          /* f32, or f64 with DTYPE f64 */
   fa_arg_view probs;        /* s strides rows, d strides columns: (batch, heads_q, up128(seqlen_q), up128(seqlen_k)) */
 
-  int tiles;  /* query tiles: dense: of one sequence; packed: upper bound over all sequences of one head */
-  int splits; /* parts into which the keys of each tile are split; 1: the kernel writes out and lse itself */
+  int tiles;         /* query tiles of the kernel's size: dense: of one sequence; packed: upper bound over all sequences of one head */
+  int splits;        /* parts into which the keys of each tile are split; 1: the kernel writes out and lse itself */
   void *partial_out; /* splits > 1: f32 (splits, statistics rows, dim_v), see fa_statistics_row */
   void *partial_lse; /* f32 (splits, statistics rows) */
 } fa_forward_args;
-
-typedef struct {
-  fa_arg_problem problem;
-  fa_arg_view q, k, v, out, lse;
-  fa_arg_view dout, dlse; /* dlse may be absent */
-  fa_arg_view dq, dk, dv; /* each may be absent */
-  fa_arg_grid dbias;      /* element type of bias */
-  fa_arg_heads dalibi, dsinks;
-
-  int tiles_q, tiles_k; /* tiles of rows and of keys: dense: of one sequence; packed: upper bound over all sequences of one head */
-  int splits, deterministic;
-
-  /* Workspace. "real" is f32, or f64 with DTYPE f64. */
-  void *delta;        /* real (statistics rows): rowsum(dout * out) - dlse */
-  void *dq_sum;       /* real (statistics rows, padded dim_qk) or absent */
-  void *dk_sum;       /* real sums over the query heads of a group, or absent */
-  void *dv_sum;
-  void *dbias_sum;    /* real, contiguous in the shape of dbias, or absent */
-  void *dalibi_sum;   /* real (batch, heads_q), or absent */
-  void *dsinks_sum;   /* real (heads_q), or absent */
-  void *order;        /* int32 counters that put the additions of a deterministic run in order, or absent */
-} fa_backward_args;
 
 #endif

@@ -1,8 +1,8 @@
 /* args_bwd.h: what the backward kernels are told, and how their workspace is laid out. Read by the host and by NVRTC, like args.h.
  *
- * Workspace rows: every sequence of every head starts on a multiple of FA_ROW_PAD rows and is padded to one, so that a kernel reads and adds
- * whole tiles without a test. A sequence that starts at token q of a packed batch and is its b-th gets row (q / FA_ROW_PAD + b) * FA_ROW_PAD: this
- * leaves room for the padding of those before it and needs no sum over them.
+ * Workspace rows: every sequence of every head starts on a multiple of FA_ROW_PAD rows and is padded to one, so that a kernel reads and
+ * adds whole tiles without a test. A sequence that starts at token q of a packed batch and is its b-th gets row (q / FA_ROW_PAD + b) *
+ * FA_ROW_PAD: this leaves room for the padding of those before it and needs no sum over them.
  */
 #ifndef FA_ARGS_BWD_H
 #define FA_ARGS_BWD_H
@@ -25,16 +25,17 @@ typedef struct {
   fa_arg_bias_gradient dbias;
   fa_arg_heads dalibi, dsinks;
 
-  int pad_tiles, key_tiles, row_tiles;  /* tiles of FA_ROW_PAD rows, of keys, of rows: of one sequence (dense), or at most of one head (packed) */
-  int row_tile;                         /* rows of a tile of the kernel that fills dalibi_tiles */
-  int dq_columns;                       /* width of dq_sum: dim_qk padded */
+  int pad_tiles, key_tiles,
+      row_tiles;  /* tiles of FA_ROW_PAD rows, of keys, of rows: of one sequence (dense), or at most of one head (packed) */
+  int row_tile;   /* rows of a tile of the kernel that fills dalibi_tiles */
+  int dq_columns; /* width of dq_sum: dim_qk padded */
 
   /* Workspace. "real" is f32, or f64 with DTYPE f64. */
   int64_t workspace_rows; /* of one sequence and head (dense), or of one head (packed) */
-  void *lse_rows;         /* real (rows): lse in the kernels' base of logarithm; +inf for a row that sees nothing or is padding */
+  void *lse_rows;         /* real (rows): lse, base 2 for 16-bit elements; +inf for a row that sees nothing or is padding */
   void *delta_rows;       /* real (rows): rowsum(dout * out) - dlse; 0 for padding */
   void *dq_sum;           /* f32 (rows, dq_columns) in fragment order, see fa_dq_fragment; or absent */
-  void *dalibi_tiles;     /* real (rows / rows of a tile): a tile's share of the gradient of the slope, or absent */
+  void *dalibi_tiles;     /* f64 (rows / rows of a tile): a tile's share of the gradient of the slope, or absent */
 } fa_gradient_args;
 
 FA_INLINE int64_t fa_workspace_row(const fa_gradient_args *args, int b, int h, int64_t q_start) {

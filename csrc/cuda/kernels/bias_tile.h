@@ -1,8 +1,8 @@
 /* bias_tile.h: which tile of dbias a CTA owns, what adds to it, and how it is written. Both bias kernels do this alike.
  *
- * dbias is dS summed over the dimensions that bias broadcasts. A CTA owns one tile and walks over all (batch entry, head, query tile, key tile) that
- * add to it, in order: no atomics, bitwise stable. Where rows (or columns) are broadcast the tile collects whole tiles of dS, and the sum over its
- * rows (columns) comes at the end.
+ * dbias is dS summed over the dimensions that bias broadcasts. A CTA owns one tile and walks over all (batch entry, head, query tile,
+ * key tile) that add to it, in order: no atomics, bitwise stable. Where rows (or columns) are broadcast the tile collects whole tiles
+ * of dS, and the sum over its rows (columns) comes at the end.
  */
 #ifndef FA_BIAS_TILE_H
 #define FA_BIAS_TILE_H
@@ -53,7 +53,8 @@ FA_INLINE void fa_store_bias(const fa_gradient_args *args, const fa_bias_work *w
 }
 
 /* Writes the CTA's tile from shared memory, [rows][columns] and complete for all threads. Uses it up. */
-FA_INLINE void fa_write_bias_tile(const fa_gradient_args *args, const fa_bias_work *work, REAL *sum_smem, int rows, int columns, int threads) {
+FA_INLINE void fa_write_bias_tile(const fa_gradient_args *args, const fa_bias_work *work, REAL *sum_smem, int rows, int columns,
+                                  int threads) {
   int one_row = args->dbias.rows == 1, one_column = args->dbias.columns == 1;
   if (one_column) {
     for (int row = threadIdx.x; row < rows; row += threads)

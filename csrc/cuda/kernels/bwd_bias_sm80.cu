@@ -1,10 +1,11 @@
 /* bwd_bias_sm80.cu: the gradient of the bias, on mma.sync for sm_80 and every later GPU.
  *
- * One CTA owns a tile of BLOCK_M = 16 * WARPS rows by BLOCK_N columns of dbias (bias_tile.h); for each tile of scores that adds to it S and dP are
- * computed once more, and dS is summed in registers. Each warp has 16 rows and shares nothing but the loaded tiles.
+ * One CTA owns a tile of BLOCK_M = 16 * WARPS rows by BLOCK_N columns of dbias (bias_tile.h); for each tile of scores that adds to it S
+ * and dP are computed once more, and dS is summed in registers. Each warp has 16 rows and shares nothing but the loaded tiles.
  *
- * Shared memory, bytes, in this order: Q BLOCK_M * HEAD_DIM * size, dO BLOCK_M * DIM_V * size, K BLOCK_N * HEAD_DIM * size, V BLOCK_N * DIM_V * size; at
- * the end the f32 sums, BLOCK_M * BLOCK_N * 4, take the same place. Not pipelined: two CTAs on an SM hide each other's loads.
+ * Shared memory, bytes, in this order: Q BLOCK_M * HEAD_DIM * size, dO BLOCK_M * DIM_V * size, K BLOCK_N * HEAD_DIM * size, V BLOCK_N *
+ * DIM_V * size; at the end the f32 sums, BLOCK_M * BLOCK_N * 4, take the same place. Not pipelined: two CTAs on an SM hide each other's
+ * loads.
  *
  * Constants: DTYPE, HEAD_DIM and DIM_V (padded to 32), BLOCK_N, WARPS, ALIGNED, DROPOUT.
  */
@@ -26,14 +27,14 @@ FA_INLINE void add_tile(float sum[S_N][4], const fa_gradient_args *args, const f
   uint32_t q_smem = base_smem, dout_smem = q_smem + BLOCK_M * K_ROW_BYTES, k_smem = dout_smem + BLOCK_M * V_ROW_BYTES;
   uint32_t v_smem = k_smem + BLOCK_N * K_ROW_BYTES;
   int warp_row = threadIdx.x / 32 * 16, row = m0 + warp_row + threadIdx.x % 32 / 4, h_k = tile->h / p->group;
-  fa_load_tile(q_smem, fa_head_base(&args->q, ELEMENT_BYTES, tile->b, tile->h, tile->q_start + m0), &args->q, tile->len_q - m0, p->dim_qk, BLOCK_M,
-               HEAD_DIM, THREADS);
-  fa_load_tile(dout_smem, fa_head_base(&args->dout, ELEMENT_BYTES, tile->b, tile->h, tile->q_start + m0), &args->dout, tile->len_q - m0, p->dim_v,
-               BLOCK_M, DIM_V, THREADS);
-  fa_load_tile(k_smem, fa_head_base(&args->k, ELEMENT_BYTES, tile->b, h_k, tile->k_start + n0), &args->k, tile->len_k - n0, p->dim_qk, BLOCK_N,
-               HEAD_DIM, THREADS);
-  fa_load_tile(v_smem, fa_head_base(&args->v, ELEMENT_BYTES, tile->b, h_k, tile->k_start + n0), &args->v, tile->len_k - n0, p->dim_v, BLOCK_N, DIM_V,
-               THREADS);
+  fa_load_tile(q_smem, fa_head_base(&args->q, ELEMENT_BYTES, tile->b, tile->h, tile->q_start + m0), &args->q, tile->len_q - m0, p->dim_qk,
+               BLOCK_M, HEAD_DIM, THREADS);
+  fa_load_tile(dout_smem, fa_head_base(&args->dout, ELEMENT_BYTES, tile->b, tile->h, tile->q_start + m0), &args->dout, tile->len_q - m0,
+               p->dim_v, BLOCK_M, DIM_V, THREADS);
+  fa_load_tile(k_smem, fa_head_base(&args->k, ELEMENT_BYTES, tile->b, h_k, tile->k_start + n0), &args->k, tile->len_k - n0, p->dim_qk,
+               BLOCK_N, HEAD_DIM, THREADS);
+  fa_load_tile(v_smem, fa_head_base(&args->v, ELEMENT_BYTES, tile->b, h_k, tile->k_start + n0), &args->v, tile->len_k - n0, p->dim_v,
+               BLOCK_N, DIM_V, THREADS);
   cp_async_commit_group();
   float s[S_N][4], dp[S_N][4], lse[2], delta[2];
 #pragma unroll

@@ -1,8 +1,8 @@
-/* bwd_f64.cu: the plain backward pass: CUDA cores, no tensor cores, every feature, any dims. For fp64 (gradient checks), and for fp32 where a
- * GPU's shared memory is too small for bwd_sm80.cu.
+/* bwd_f64.cu: the plain backward pass: CUDA cores, no tensor cores, every feature, any dims. For fp64 (gradient checks), and for fp32
+ * where a GPU's shared memory is too small for bwd_sm80.cu.
  *
- * A tile is 32 rows by 32 keys, a thread has four pairs of it: rows 4 w to 4 w + 3 of its warp w, key `lane`. Operands pass through shared memory in slices of
- * 32 dims. Three roles:
+ * A tile is 32 rows by 32 keys, a thread has four pairs of it: rows 4 w to 4 w + 3 of its warp w, key `lane`. Operands pass through
+ * shared memory in slices of 32 dims. Three roles:
  *
  *     KEYS   a CTA owns 32 keys:        dV += P^T dO, dK += dS^T Q      for each query head of the group, each query tile
  *     ROWS   a CTA owns 32 query rows:  dQ += dS K, slope sums          for each key tile
@@ -10,7 +10,7 @@
  *
  * No atomics: everything is bitwise reproducible. Speed is no aim: each role computes the two products again.
  *
- * Shared memory, static: two slices [32][33] and P, dS [32][33]: 33 KiB in fp64.
+ * Shared memory: two slices [32][33] and P, dS [32][33]: 33 KiB in fp64.
  * Registers: KEYS has 8 numbers a slice of dims for dK and dV. Constants: DTYPE, ROLE, SLICES (dims / 32 of the larger dim), DROPOUT.
  */
 #if DTYPE == 2
@@ -81,8 +81,8 @@ FA_INLINE void accumulate(REAL acc[MINE], REAL w[TILE][TILE + 1], int by_columns
     }
 }
 
-/* P and dS of the tile at (m0, n0) into shared memory, complete for all. ds_bias[i] is dS before the cap. distance_sum, if not 0, receives this
- * thread's part of the gradient of the slope. */
+/* P and dS of the tile at (m0, n0) into shared memory, complete for all. ds_bias[i] is dS before the cap. distance_sum, if not 0,
+ * receives this thread's part of the gradient of the slope. */
 FA_INLINE void gradient_tile(shared_tiles *t, const fa_gradient_args *args, const fa_tile *tile, int m0, int n0, REAL ds_bias[MINE],
                              REAL *distance_sum) {
   const fa_arg_problem *p = &args->problem;
@@ -124,7 +124,8 @@ FA_INLINE void add_product(REAL sums[SLICES][MINE], shared_tiles *t, REAL w[TILE
 }
 
 /* Rows from row0 on of a gradient, `used` of them; the `slot` - used after them are padding and get 0. */
-FA_INLINE void store_rows(const fa_arg_view *view, REAL sums[SLICES][MINE], int b, int h, int64_t start, int used, int slot, int dims, REAL factor) {
+FA_INLINE void store_rows(const fa_arg_view *view, REAL sums[SLICES][MINE], int b, int h, int64_t start, int used, int slot, int dims,
+                          REAL factor) {
   int row = threadIdx.x / 32 * MINE, d = threadIdx.x % 32;
   if (!view->data) return;
 #pragma unroll
@@ -189,7 +190,7 @@ FA_INLINE void rows_role(const fa_gradient_args *args, shared_tiles *t) {
   if (args->dalibi_tiles && m0 < m1) {
     REAL sum = sum_of_cta(t, distance_sum);
     int64_t row = fa_workspace_row(args, tile.b, tile.h, tile.q_start) + m0;
-    if (threadIdx.x == 0) ((REAL *)args->dalibi_tiles)[row / TILE] = sum;
+    if (threadIdx.x == 0) ((double *)args->dalibi_tiles)[row / TILE] = sum;
   }
   store_rows(&args->dq, dq, tile.b, tile.h, tile.q_start + m0, tile.len_q - m0, tile.slot_q - m0, p->dim_qk, (REAL)p->scale);
 }
@@ -217,8 +218,9 @@ FA_INLINE void bias_role(const fa_gradient_args *args, shared_tiles *t) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) bwd_f64(const __grid_constant__ fa_gradient_args args) {
-  __shared__ shared_tiles tiles;
-  if (ROLE == KEYS) keys_role(&args, &tiles);
-  if (ROLE == ROWS) rows_role(&args, &tiles);
-  if (ROLE == BIAS) bias_role(&args, &tiles);
+  extern __shared__ __align__(128) unsigned char shared[];
+  shared_tiles *tiles = (shared_tiles *)shared;
+  if (ROLE == KEYS) keys_role(&args, tiles);
+  if (ROLE == ROWS) rows_role(&args, tiles);
+  if (ROLE == BIAS) bias_role(&args, tiles);
 }

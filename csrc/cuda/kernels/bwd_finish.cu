@@ -1,7 +1,7 @@
 /* bwd_finish.cu: after bwd_sm80.cu: dq = scale * dq_sum, from the order of fragments (dq_sum.h) to rows of the tensor.
  *
- * One CTA has FA_ROW_PAD rows. Neighbouring threads take neighbouring pairs of columns of rows g and g + 8: reads come in runs of 64 bytes, writes in
- * whole rows. Rows past the used ones that have a place in the tensor get 0. Limited by memory.
+ * One CTA has FA_ROW_PAD rows. Neighbouring threads take neighbouring pairs of columns of rows g and g + 8: reads come in runs of 64
+ * bytes, writes in whole rows. Rows past the used ones that have a place in the tensor get 0. Limited by memory.
  *
  * Constants: DTYPE, ALIGNED.
  */

@@ -3,8 +3,8 @@
  *     delta = rowsum(dout * out) - dlse        so that dS = P (dP - delta) takes in the gradient through lse as well
  *     lse   in the base of logarithm of the kernels, +inf for rows without any key, so that P = 0 there without a test
  *
- * One CTA has FA_ROW_PAD rows of the workspace, padding included; eight lanes share a row and read 128 bytes of it at once. Limited by memory: out and
- * dout are read once, dq_sum is written once.
+ * One CTA has FA_ROW_PAD rows of the workspace, padding included; eight lanes share a row and read 128 bytes of it at once. Limited by
+ * memory: out and dout are read once, dq_sum is written once.
  *
  * Constants: DTYPE, ALIGNED.
  */
@@ -24,9 +24,14 @@
 /* An element of out that is 0 takes nothing from dout, which may be NaN where a row sees nothing. */
 FA_INLINE REAL add_product(REAL sum, REAL out, REAL dout) { return out == 0 ? sum : sum + out * dout; }
 
+typedef struct __align__(16) {
+  uint32_t word[4];
+}
+chunk_words;
+
 /* 16 bytes of two rows of 16-bit or 32-bit elements. */
-FA_INLINE REAL add_chunk(REAL sum, uint4 out, uint4 dout) {
-  uint32_t a[4] = {out.x, out.y, out.z, out.w}, b[4] = {dout.x, dout.y, dout.z, dout.w};
+FA_INLINE REAL add_chunk(REAL sum, chunk_words out, chunk_words dout) {
+  const uint32_t *a = out.word, *b = dout.word;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     if (DTYPE == FA_ARG_F32) {
@@ -50,7 +55,7 @@ FA_INLINE REAL dot_of_row(const fa_gradient_args *args, const fa_tile *tile, int
   REAL sum = 0;
   if (ALIGNED) {
     for (int chunk = part; chunk < dims / CHUNK_ELEMENTS; chunk += LANES_OF_ROW)
-      sum = add_chunk(sum, ((const uint4 *)out_gmem)[chunk], ((const uint4 *)dout_gmem)[chunk]);
+      sum = add_chunk(sum, ((const chunk_words *)out_gmem)[chunk], ((const chunk_words *)dout_gmem)[chunk]);
   } else {
     for (int d = part; d < dims; d += LANES_OF_ROW)
       sum = add_product(sum, fa_load_real(out_gmem, DTYPE, d * args->out.d), fa_load_real(dout_gmem, DTYPE, d * args->dout.d));
@@ -72,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) bwd_prep(const __grid_cons
     REAL delta = dot_of_row(&args, &tile, used ? i : tile.m0, part), lse = PLUS_INFINITY;
     if (used) {
       lse = *(const REAL *)fa_head_base(&args.lse, sizeof(REAL), tile.b, tile.h, tile.q_start + i);
-      lse = lse == fa_minus_infinity() ? (REAL)PLUS_INFINITY : sizeof(REAL) == 8 ? lse : lse * (REAL)LOG2E;
+      lse = lse == fa_minus_infinity() ? (REAL)PLUS_INFINITY : DTYPE == FA_ARG_F64 || DTYPE == FA_ARG_F32 ? lse : lse * (REAL)LOG2E;
       if (args.dlse.data) delta -= *(const REAL *)fa_head_base(&args.dlse, sizeof(REAL), tile.b, tile.h, tile.q_start + i);
     }
     if (part != 0) continue;
@@ -80,7 +85,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) bwd_prep(const __grid_cons
     ((REAL *)args.delta_rows)[workspace_row + row] = used ? delta : 0;
   }
   if (args.dq_sum) {
-    uint4 *sum_gmem = (uint4 *)((float *)args.dq_sum + workspace_row * args.dq_columns);
-    for (int chunk = threadIdx.x; chunk < FA_ROW_PAD * args.dq_columns / 4; chunk += THREADS) sum_gmem[chunk] = make_uint4(0, 0, 0, 0);
+    const chunk_words zeros = {{0, 0, 0, 0}};
+    chunk_words *sum_gmem = (chunk_words *)((float *)args.dq_sum + workspace_row * args.dq_columns);
+    for (int chunk = threadIdx.x; chunk < FA_ROW_PAD * args.dq_columns / 4; chunk += THREADS) sum_gmem[chunk] = zeros;
   }
 }

@@ -1,6 +1,7 @@
 /* bwd_rows_sm80.cu: dQ without atomics, and each tile's share of the gradient of the ALiBi slopes, on mma.sync; bitwise reproducible.
  *
- * The mirror image of bwd_sm80.cu: one CTA owns BLOCK_M = 16 * WARPS query rows of one head, each warp 16 of them. Q and dO stay, K and V pass by.
+ * The mirror image of bwd_sm80.cu: one CTA owns BLOCK_M = 16 * WARPS query rows of one head, each warp 16 of them. Q and dO stay, K and
+ * V pass by.
  *
  *            keys -->  n       n+1     n+2          each step, for one tile of BLOCK_N keys, in each warp by itself:
  *          +-------+-------+-------+                    S  = Q K^T    dP = dO V^T
@@ -12,7 +13,8 @@
  * Shared memory, bytes, in this order: Q BLOCK_M * HEAD_DIM * size, dO BLOCK_M * DIM_V * size, K STAGES * BLOCK_N * HEAD_DIM * size,
  * V STAGES * BLOCK_N * DIM_V * size. Loads are cp.async; with two stages the next tile arrives during this one: one barrier a step.
  *
- * Registers a thread: dQ HEAD_DIM / 2, S and dP BLOCK_N. S and dP are computed once more than in bwd_sm80.cu: seven products in all, not five.
+ * Registers a thread: dQ HEAD_DIM / 2, S and dP BLOCK_N. S and dP are computed once more than in bwd_sm80.cu: seven products in all,
+ * not five.
  *
  * Constants: DTYPE, HEAD_DIM and DIM_V (padded to 32), BLOCK_N, WARPS, STAGES, ALIGNED, SCORE, DROPOUT.
  */
@@ -37,7 +39,8 @@ typedef struct {
 /* What a lane carries from tile to tile. */
 typedef struct {
   float dq[DQ_N][4];
-  float lse[2], delta[2], distance_sum;
+  float lse[2], delta[2];
+  fa_long_sum distance_sum;
 } warp_state;
 
 FA_INLINE void load_key_side(const fa_gradient_args *args, const fa_tile *tile, const shared_map *smem, int n0, int stage) {
@@ -146,7 +149,8 @@ FA_INLINE void store_dq(const fa_gradient_args *args, const fa_tile *tile, float
 }
 
 /* The sum over the CTA, in a fixed order. */
-FA_INLINE void store_distance_sum(const fa_gradient_args *args, const fa_tile *tile, float sum, float *warp_sums) {
+FA_INLINE void store_distance_sum(const fa_gradient_args *args, const fa_tile *tile, const fa_long_sum *mine, double *warp_sums) {
+  double sum = (double)mine->sum - (double)mine->lost;
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
   __syncthreads(); /* all warps are done with the tiles, whose memory the sums take */
@@ -155,7 +159,7 @@ FA_INLINE void store_distance_sum(const fa_gradient_args *args, const fa_tile *t
   if (threadIdx.x != 0) return;
   for (int warp = 1; warp < WARPS; warp++) sum += warp_sums[warp];
   int64_t row = fa_workspace_row(args, tile->b, tile->h, tile->q_start) + tile->m0;
-  ((float *)args->dalibi_tiles)[row / BLOCK_M] = sum;
+  ((double *)args->dalibi_tiles)[row / BLOCK_M] = sum;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) bwd_rows_sm80(const __grid_constant__ fa_gradient_args args) {
@@ -169,11 +173,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) bwd_rows_sm80(const __g
   smem.v = smem.k + STAGES * K_TILE_BYTES;
 
   int row0 = tile.m0 + threadIdx.x / 32 * 16;
-  warp_state w = {{{0}}, {0, 0}, {0, 0}, 0};
+  warp_state w = {{{0}}, {0, 0}, {0, 0}, {0, 0}};
   if (tile.len_q > tile.m0) {
     fa_read_row_statistics(&args, fa_workspace_row(&args, tile.b, tile.h, tile.q_start) + row0 + threadIdx.x % 32 / 4, w.lse, w.delta);
     walk_keys(&w, &args, &tile, &smem);
-    if (args.dalibi_tiles) store_distance_sum(&args, &tile, w.distance_sum, (float *)shared);
+    if (args.dalibi_tiles) store_distance_sum(&args, &tile, &w.distance_sum, (double *)shared);
   }
   if (args.dq.data) store_dq(&args, &tile, w.dq, row0);
 }

@@ -1,31 +1,37 @@
-/* bwd_sm80.cu: gradients of K and V, and dQ by addition, on mma.sync for sm_80 and every later GPU; fp16, bf16, and fp32 in three TF32 terms.
+/* bwd_sm80.cu: gradients of K and V, and dQ by addition, on mma.sync, for sm_80 and every later GPU; fp16, bf16, and fp32 in three TF32
+ * terms.
  *
  * One CTA owns BLOCK_N keys of one key head. K and V stay; Q and dO of every query tile that sees them pass by, for each query head of the
  * group, so dK and dV are complete in registers at the end and are written once: no atomics, bitwise stable.
  *
  *          queries -->  m      m+1     m+2            each step, for one tile of BLOCK_M rows:
- *            +-------+-------+-------+                   S  = Q K^T     dP = dO V^T            warps split the tile S_WARPS x ...
- *    BLOCK_N |       |       |       |                   P  = exp(S - lse)   dS = P (dP - delta)   registers, then to shared memory
+ *            +-------+-------+-------+                   S = Q K^T   dP = dO V^T               S_WARPS warps split the rows
+ *    BLOCK_N |       |       |       |                   P = exp(S - lse)   dS = P (dP - delta)   in registers, then in shared memory
  *      keys  |   S   |   S   |   S   |  head h           --- barrier ---
- *            |       |       |       |                   dV += P^T dO   dK += dS^T Q           warps split keys KV_WARPS x dims
- *            +-------+-------+-------+                   dQ  = dS K -> red.add to dq_sum       warps split rows DQ_WARPS x dims
- *               ...then head h + 1 of the group
+ *            |       |       |       |                   dV += P^T dO   dK += dS^T Q           KV_WARPS warps split the keys
+ *            +-------+-------+-------+                   dQ = dS K, added to dq_sum            DQ_WARPS warps split the rows
+ *               ...then head h + 1 of the group          (the other warps split the columns)
  *
  * Shared memory, bytes, in this order (rows swizzled, tile.h):
- *   K    BLOCK_N * HEAD_DIM * size          V    BLOCK_N * DIM_V * size
- *   Q    STAGES * BLOCK_M * HEAD_DIM * size dO   STAGES * BLOCK_M * DIM_V * size
- *   P    BLOCK_M * BLOCK_N * size           dS   the same
- * With bf16, dim 128, 64 x 128 and two stages: 32 + 32 + 32 + 32 + 16 + 16 = 160 KiB.
+ *   K    BLOCK_N * HEAD_DIM * size                V    BLOCK_N * DIM_V * size
+ *   Q    STAGES * BLOCK_M * HEAD_DIM * size       dO   STAGES * BLOCK_M * DIM_V * size
+ *   P    BLOCK_M * BLOCK_N * size                 dS   the same; both twice with three stages
+ *   lse, delta   STAGES * 2 * BLOCK_M * 4, with two stages or three and one CTA on an SM; cta_work 96
+ * bf16, dim 128, 64 x 128, three stages: 32 + 32 + 48 + 48 + 32 + 32 KiB, and 1.6 KiB of the rest.
  *
- * Order: Q and dO of the next tile are requested (cp.async) right after the barrier that ends the previous one, so they have a whole step to
- * arrive; two barriers a step. With STAGES == 1 they are requested at the end of a step behind one more barrier.
+ * Order of work:
+ *   STAGES 1, 2  walk_in_turn: scores, barrier, products, barrier. With two stages Q and dO of the next tile are requested (cp.async)
+ *                behind the barrier that ends a tile and have a whole step to arrive; with one stage at the end of the step.
+ *   STAGES 3     walk_overlapped: scores of tile t + 1 and products of tile t between the same two barriers; half of the warps begin
+ *                with the one, half with the other, so that the tensor cores have work while exponentials are taken.
  *
- * Registers a thread: dK and dV take BLOCK_N * (HEAD_DIM + DIM_V) / THREADS, S and dP 2 * BLOCK_M * BLOCK_N / THREADS, dQ reuses the room of the
- * latter: 128 + 64 at dim 128. tiles_bwd.def keeps this under about 200. What limits: shared-memory reads of the five products (about 2 cycles a
- * mma, against 1.6 of the tensor cores on sm_90) and the exponential phase, during which the tensor cores wait.
+ * Registers a thread: dK and dV take BLOCK_N * (HEAD_DIM + DIM_V) / THREADS, S and dP 2 * BLOCK_M * BLOCK_N / THREADS, dQ reuses the
+ * room of the latter: 128 + 64 at dim 128, and all 255 are used. tiles_bwd.def keeps the sum at 192 or less. What limits: the
+ * shared-memory reads of the five products (about 2 cycles a mma, against 1.6 of the tensor cores on sm_90), and waiting at barriers
+ * with eight warps on an SM.
  *
- * Constants: DTYPE, HEAD_DIM and DIM_V (padded to 32), BLOCK_M, BLOCK_N, WARPS, S_WARPS, KV_WARPS, DQ_WARPS, STAGES, ALIGNED, SCORE, DROPOUT, ADD_DQ
- * (0: dQ is left to bwd_rows_sm80.cu or not wanted).
+ * Constants: DTYPE, HEAD_DIM and DIM_V (padded to 32), BLOCK_M, BLOCK_N, WARPS, S_WARPS, KV_WARPS, DQ_WARPS, STAGES, CTAS (on an SM),
+ * ALIGNED, SCORE, DROPOUT, ADD_DQ (0: dQ is left to bwd_rows_sm80.cu or not wanted).
  */
 #define REAL float
 
@@ -41,6 +47,9 @@
 #define Q_TILE_BYTES (BLOCK_M * K_ROW_BYTES)
 #define DO_TILE_BYTES (BLOCK_M * V_ROW_BYTES)
 #define S_TILE_BYTES (BLOCK_M * S_ROW_BYTES)
+#define SCORE_TILES (STAGES == 3 ? 4 : 2)            /* P and dS, of one tile or of two */
+#define SHARED_STATISTICS (STAGES >= 2 && CTAS == 1) /* lse and delta come along with Q and dO; else each lane reads its own */
+#define STATISTICS_BYTES (2 * BLOCK_M * 4)
 
 /* What a warp owns of S and dP, of dK and dV, of dQ; fragments of 16 rows by 8 columns. */
 #define S_ROWS (BLOCK_M / S_WARPS)
@@ -65,7 +74,12 @@ typedef struct {
 /* Addresses of the tiles in shared memory. */
 typedef struct {
   uint32_t k, v, q, dout, p, ds;
+  uint32_t statistics; /* [STAGES][lse, delta][BLOCK_M] f32, with SHARED_STATISTICS */
 } shared_map;
+
+#define WORK_OFFSET                                                                                     \
+  (K_TILE_BYTES + V_TILE_BYTES + STAGES * (Q_TILE_BYTES + DO_TILE_BYTES) + SCORE_TILES * S_TILE_BYTES + \
+   SHARED_STATISTICS * STAGES * STATISTICS_BYTES)
 
 FA_INLINE shared_map map_shared(uint32_t base) {
   shared_map smem;
@@ -75,31 +89,47 @@ FA_INLINE shared_map map_shared(uint32_t base) {
   smem.dout = smem.q + STAGES * Q_TILE_BYTES;
   smem.p = smem.dout + STAGES * DO_TILE_BYTES;
   smem.ds = smem.p + S_TILE_BYTES;
+  smem.statistics = smem.p + SCORE_TILES * S_TILE_BYTES;
   return smem;
 }
 
-/* The query tiles that meet this CTA's keys: heads of the group, then rows. */
+/* A query tile that meets this CTA's keys: heads of the group, then rows. */
 typedef struct {
-  int h, m0;             /* where it stands */
-  int lo, hi, heads_end; /* m0 from lo in steps of BLOCK_M to below hi */
-} row_walk;
+  int h, m0;
+} query_tile;
 
-FA_INLINE row_walk start_walk(const fa_arg_problem *p, const fa_tile *tile) {
-  fa_range rows = fa_visiting_rows(p->rule, tile->len_q, tile->len_k, tile->m0, fa_min(tile->m0 + BLOCK_N, tile->len_k));
-  int first = tile->h * p->group;
-  row_walk walk = {first, 0, rows.lo / BLOCK_M * BLOCK_M, tile->m0 < tile->len_k ? rows.hi : 0, first + p->group};
-  walk.m0 = walk.lo - BLOCK_M;
-  return walk;
+/* What the CTA has to do. In shared memory: registers are short. */
+typedef struct {
+  fa_tile tile;
+  fa_range rows;             /* first rows of the query tiles that see the keys, in steps of BLOCK_M */
+  int first_head, heads_end; /* the query heads of the group */
+  query_tile queue[4];       /* tile t in entry t % 4, for walk_overlapped */
+} cta_work;
+
+FA_INLINE int find_work(const fa_gradient_args *args, cta_work *work) {
+  const fa_arg_problem *p = &args->problem;
+  fa_tile tile;
+  if (!fa_find_key_tile(p, args->key_tiles, BLOCK_N, &tile)) return 0;
+  fa_range rows = fa_visiting_rows(p->rule, tile.len_q, tile.len_k, tile.m0, fa_min(tile.m0 + BLOCK_N, tile.len_k));
+  if (threadIdx.x == 0) {
+    work->tile = tile;
+    work->rows.lo = rows.lo / BLOCK_M * BLOCK_M;
+    work->rows.hi = tile.m0 < tile.len_k ? rows.hi : 0;
+    work->first_head = tile.h * p->group;
+    work->heads_end = work->first_head + p->group;
+  }
+  __syncthreads(); /* all threads read what the first has written */
+  return 1;
 }
 
-/* The next tile; walk->h == heads_end when there is none. With a block mask a warp looks up 32 tiles at a time. All warps get the same answer. */
-FA_INLINE void next_tile(row_walk *walk, const fa_arg_problem *p, const fa_tile *tile) {
+/* The next tile; h == heads_end when there is none. With a block mask a warp looks up 32 tiles at a time. All warps get the same answer. */
+FA_INLINE void next_tile(query_tile *walk, const fa_arg_problem *p, const cta_work *work) {
   walk->m0 += BLOCK_M;
-  for (; walk->h < walk->heads_end; walk->h++, walk->m0 = walk->lo)
-    for (; walk->m0 < walk->hi; walk->m0 += 32 * BLOCK_M) {
+  for (; walk->h < work->heads_end; walk->h++, walk->m0 = work->rows.lo)
+    for (; walk->m0 < work->rows.hi; walk->m0 += 32 * BLOCK_M) {
       if (!p->block_size) return;
       int m0 = walk->m0 + (int)(threadIdx.x % 32) * BLOCK_M;
-      unsigned seen = __ballot_sync(0xFFFFFFFFu, m0 < walk->hi && fa_in_block_mask(p, tile->b, walk->h, m0, tile->m0));
+      unsigned seen = __ballot_sync(0xFFFFFFFFu, m0 < work->rows.hi && fa_in_block_mask(p, work->tile.b, walk->h, m0, work->tile.m0));
       if (seen) {
         walk->m0 += (__ffs(seen) - 1) * BLOCK_M;
         return;
@@ -107,20 +137,25 @@ FA_INLINE void next_tile(row_walk *walk, const fa_arg_problem *p, const fa_tile 
     }
 }
 
-FA_INLINE void load_query_side(const fa_gradient_args *args, const fa_tile *tile, const shared_map *smem, const row_walk *walk, int stage) {
+FA_INLINE void load_query_side(const fa_gradient_args *args, const fa_tile *tile, const shared_map *smem, const query_tile *walk,
+                               int stage) {
   const char *q_gmem = fa_head_base(&args->q, ELEMENT_BYTES, tile->b, walk->h, tile->q_start + walk->m0);
   const char *dout_gmem = fa_head_base(&args->dout, ELEMENT_BYTES, tile->b, walk->h, tile->q_start + walk->m0);
   int rows = tile->len_q - walk->m0;
   fa_load_tile(smem->q + stage * Q_TILE_BYTES, q_gmem, &args->q, rows, args->problem.dim_qk, BLOCK_M, HEAD_DIM, THREADS);
   fa_load_tile(smem->dout + stage * DO_TILE_BYTES, dout_gmem, &args->dout, rows, args->problem.dim_v, BLOCK_M, DIM_V, THREADS);
+  if (SHARED_STATISTICS && threadIdx.x < BLOCK_M / 2) { /* 16 bytes a thread */
+    int which = threadIdx.x / (BLOCK_M / 4), row = threadIdx.x % (BLOCK_M / 4) * 4;
+    int64_t at = fa_workspace_row(args, tile->b, walk->h, tile->q_start) + walk->m0 + row;
+    const float *src_gmem = (const float *)(which ? args->delta_rows : args->lse_rows) + at;
+    cp_async_cg_16(smem->statistics + stage * STATISTICS_BYTES + which * BLOCK_M * 4 + row * 4, src_gmem, 16);
+  }
 }
 
-/* S, dP -> P, dS in shared memory. Returns 1 when a tile with invisible pairs met data that is not finite; the vote is also a barrier: P and
- * dS are complete for all warps. */
+/* S, dP -> P, dS in shared memory. Returns 1 when this thread saw data that is not finite in a tile with invisible pairs. */
 FA_INLINE int gradient_tile(const fa_gradient_args *args, const fa_gradient_head *head, const fa_tile *tile, const shared_map *smem, int m0,
-                            int stage) {
+                            int stage, int buffer) {
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row0 = warp % S_WARPS * S_ROWS, column0 = warp / S_WARPS * S_COLUMNS;
-  int64_t workspace_row = fa_workspace_row(args, tile->b, head->h, tile->q_start) + m0 + row0 + (lane >> 2);
   float s[S_M * S_N][4], dp[S_M * S_N][4], lse[S_M][2], delta[S_M][2];
 #pragma unroll
   for (int i = 0; i < S_M * S_N; i++)
@@ -128,11 +163,23 @@ FA_INLINE int gradient_tile(const fa_gradient_args *args, const fa_gradient_head
     for (int e = 0; e < 4; e++) s[i][e] = dp[i][e] = 0.0f;
 
   fa_tile_operand q = {smem->q + stage * Q_TILE_BYTES, FA_BY_ROWS, row0, K_ROW_BYTES}, k = {smem->k, FA_BY_ROWS, column0, K_ROW_BYTES};
-  fa_tile_operand dout = {smem->dout + stage * DO_TILE_BYTES, FA_BY_ROWS, row0, V_ROW_BYTES}, v = {smem->v, FA_BY_ROWS, column0, V_ROW_BYTES};
+  fa_tile_operand dout = {smem->dout + stage * DO_TILE_BYTES, FA_BY_ROWS, row0, V_ROW_BYTES},
+                  v = {smem->v, FA_BY_ROWS, column0, V_ROW_BYTES};
   fa_product(s, S_M, S_N, HEAD_DIM, q, k);
+  if (!SHARED_STATISTICS) { /* they arrive during dO V^T */
+    int64_t row = fa_workspace_row(args, tile->b, head->h, tile->q_start) + m0 + row0 + (lane >> 2);
 #pragma unroll
-  for (int m = 0; m < S_M; m++) fa_read_row_statistics(args, workspace_row + 16 * m, lse[m], delta[m]); /* they arrive during dO V^T */
+    for (int m = 0; m < S_M; m++) fa_read_row_statistics(args, row + 16 * m, lse[m], delta[m]);
+  }
   fa_product(dp, S_M, S_N, DIM_V, dout, v);
+  if (SHARED_STATISTICS) {
+    uint32_t lse_smem = smem->statistics + stage * STATISTICS_BYTES + (row0 + (lane >> 2)) * 4, delta_smem = lse_smem + BLOCK_M * 4;
+#pragma unroll
+    for (int i = 0; i < 2 * S_M; i++) {
+      lse[i / 2][i % 2] = __uint_as_float(ld_shared_b32(lse_smem + 32 * i));
+      delta[i / 2][i % 2] = __uint_as_float(ld_shared_b32(delta_smem + 32 * i));
+    }
+  }
 
   int full = fa_tile_is_full(&args->problem, head, m0, BLOCK_M, tile->m0, BLOCK_N), poisoned = 0;
   fa_gradient_wish wish = {0, 0};
@@ -141,21 +188,22 @@ FA_INLINE int gradient_tile(const fa_gradient_args *args, const fa_gradient_head
   for (int m = 0; m < S_M; m++) {
     int row = m0 + row0 + 16 * m + (lane >> 2), column = tile->m0 + column0;
     fa_gradient_fragments(&s[m * S_N], &dp[m * S_N], S_N, &args->problem, head, row, column, full, lse[m], delta[m], wish);
-    fa_store_fragments(smem->p, &s[m * S_N], S_N, row0 + 16 * m, column0, S_ROW_BYTES);
-    fa_store_fragments(smem->ds, &dp[m * S_N], S_N, row0 + 16 * m, column0, S_ROW_BYTES);
+    fa_store_fragments(smem->p + buffer * 2 * S_TILE_BYTES, &s[m * S_N], S_N, row0 + 16 * m, column0, S_ROW_BYTES);
+    fa_store_fragments(smem->ds + buffer * 2 * S_TILE_BYTES, &dp[m * S_N], S_N, row0 + 16 * m, column0, S_ROW_BYTES);
   }
-  return __syncthreads_or(poisoned);
+  return poisoned;
 }
 
 /* dq_sum += dS K, in fragment order: each lane adds its four numbers of a fragment at once. */
-FA_INLINE void add_dq(const fa_gradient_args *args, const fa_tile *tile, int h, const shared_map *smem, int m0, int poisoned) {
+FA_INLINE void add_dq(const fa_gradient_args *args, const fa_tile *tile, int h, const shared_map *smem, int m0, int buffer, int poisoned) {
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row0 = warp % DQ_WARPS * DQ_ROWS, column0 = warp / DQ_WARPS * DQ_COLUMNS;
   float dq[DQ_M * DQ_N][4];
 #pragma unroll
   for (int i = 0; i < DQ_M * DQ_N; i++)
 #pragma unroll
     for (int e = 0; e < 4; e++) dq[i][e] = 0.0f;
-  fa_tile_operand ds = {smem->ds, FA_BY_ROWS, row0, S_ROW_BYTES}, k = {smem->k, FA_BY_COLUMNS, column0, K_ROW_BYTES};
+  fa_tile_operand ds = {smem->ds + buffer * 2 * S_TILE_BYTES, FA_BY_ROWS, row0, S_ROW_BYTES},
+                  k = {smem->k, FA_BY_COLUMNS, column0, K_ROW_BYTES};
   if (poisoned)
     fa_product_exact(dq, DQ_M, DQ_N, BLOCK_N, ds, k);
   else
@@ -168,9 +216,11 @@ FA_INLINE void add_dq(const fa_gradient_args *args, const fa_tile *tile, int h, 
     for (int n = 0; n < DQ_N; n++) fa_add_fragment(sum_gmem + m * 16 * HEAD_DIM + n * FA_FRAGMENT, lane, dq[m * DQ_N + n]);
 }
 
-FA_INLINE void accumulate(warp_sums *sums, const shared_map *smem, int stage, int poisoned) {
+/* dV += P^T dO, dK += dS^T Q. */
+FA_INLINE void accumulate(warp_sums *sums, const shared_map *smem, int stage, int buffer, int poisoned) {
   int warp = threadIdx.x / 32, key0 = warp % KV_WARPS * KV_ROWS, part = warp / KV_WARPS;
-  fa_tile_operand p = {smem->p, FA_BY_COLUMNS, key0, S_ROW_BYTES}, ds = {smem->ds, FA_BY_COLUMNS, key0, S_ROW_BYTES};
+  uint32_t p_smem = smem->p + buffer * 2 * S_TILE_BYTES, ds_smem = smem->ds + buffer * 2 * S_TILE_BYTES;
+  fa_tile_operand p = {p_smem, FA_BY_COLUMNS, key0, S_ROW_BYTES}, ds = {ds_smem, FA_BY_COLUMNS, key0, S_ROW_BYTES};
   fa_tile_operand dout = {smem->dout + stage * DO_TILE_BYTES, FA_BY_COLUMNS, part * DV_COLUMNS, V_ROW_BYTES};
   fa_tile_operand q = {smem->q + stage * Q_TILE_BYTES, FA_BY_COLUMNS, part * DK_COLUMNS, K_ROW_BYTES};
   if (poisoned) {
@@ -201,50 +251,96 @@ FA_INLINE void store_keys(const fa_arg_view *view, const fa_tile *tile, float su
     }
 }
 
-/* Walks over the query tiles with dK and dV in registers. */
-FA_INLINE void walk_queries(warp_sums *sums, const fa_gradient_args *args, const fa_tile *tile, const shared_map *smem) {
+FA_INLINE void load_keys(const fa_gradient_args *args, const fa_tile *tile, const shared_map *smem) {
+  const char *k_gmem = fa_head_base(&args->k, ELEMENT_BYTES, tile->b, tile->h, tile->k_start + tile->m0);
+  const char *v_gmem = fa_head_base(&args->v, ELEMENT_BYTES, tile->b, tile->h, tile->k_start + tile->m0);
+  fa_load_tile(smem->k, k_gmem, &args->k, tile->len_k - tile->m0, args->problem.dim_qk, BLOCK_N, HEAD_DIM, THREADS);
+  fa_load_tile(smem->v, v_gmem, &args->v, tile->len_k - tile->m0, args->problem.dim_v, BLOCK_N, DIM_V, THREADS);
+}
+
+/* Walks over the query tiles with dK and dV in registers: one tile after the other. */
+FA_INLINE void walk_in_turn(warp_sums *sums, const fa_gradient_args *args, const cta_work *work, const shared_map *smem) {
   const fa_arg_problem *p = &args->problem;
+  const fa_tile *tile = &work->tile;
   fa_gradient_head head;
-  row_walk walk = start_walk(p, tile);
+  query_tile walk = {work->first_head, work->rows.lo - BLOCK_M};
   int stage = 0, h = -1;
-  next_tile(&walk, p, tile);
-  if (walk.h == walk.heads_end) return;
-  fa_load_tile(smem->k, fa_head_base(&args->k, ELEMENT_BYTES, tile->b, tile->h, tile->k_start + tile->m0), &args->k, tile->len_k - tile->m0,
-               p->dim_qk, BLOCK_N, HEAD_DIM, THREADS);
-  fa_load_tile(smem->v, fa_head_base(&args->v, ELEMENT_BYTES, tile->b, tile->h, tile->k_start + tile->m0), &args->v, tile->len_k - tile->m0,
-               p->dim_v, BLOCK_N, DIM_V, THREADS);
+  next_tile(&walk, p, work);
+  if (walk.h == work->heads_end) return;
+  load_keys(args, tile, smem);
   load_query_side(args, tile, smem, &walk, 0);
   cp_async_commit_group();
 
-  while (walk.h < walk.heads_end) {
+  while (walk.h < work->heads_end) {
     int m0 = walk.m0;
     if (h != walk.h || (!SCORE && !DROPOUT)) head = fa_gradient_of_head(p, tile, walk.h);
     h = walk.h;
-    next_tile(&walk, p, tile);
-    int more = walk.h < walk.heads_end;
+    next_tile(&walk, p, work);
+    int more = walk.h < work->heads_end;
     cp_async_wait_group(0);
     __syncthreads(); /* Q and dO of this tile have landed for all; all warps are done with P, dS and the other stage */
     if (STAGES == 2 && more) load_query_side(args, tile, smem, &walk, stage ^ 1);
     cp_async_commit_group();
-    int poisoned = gradient_tile(args, &head, tile, smem, m0, stage);
-    accumulate(sums, smem, stage, poisoned);
+    int poisoned = __syncthreads_or(gradient_tile(args, &head, tile, smem, m0, stage, 0)); /* P and dS are complete for all */
+    accumulate(sums, smem, stage, 0, poisoned);
     if (STAGES == 1) {
       __syncthreads(); /* all warps are done with Q and dO */
       if (more) load_query_side(args, tile, smem, &walk, 0);
       cp_async_commit_group();
     }
-    if (ADD_DQ) add_dq(args, tile, h, smem, m0, poisoned);
+    if (ADD_DQ) add_dq(args, tile, h, smem, m0, 0, poisoned);
     if (STAGES == 2) stage ^= 1;
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) bwd_sm80(const __grid_constant__ fa_gradient_args args) {
+/* The same with P and dS of tile t + 1 beside the products of tile t. One barrier a tile. */
+FA_INLINE void walk_overlapped(warp_sums *sums, const fa_gradient_args *args, cta_work *work, const shared_map *smem) {
+  const fa_arg_problem *p = &args->problem;
+  const fa_tile *tile = &work->tile;
+  int products_first = threadIdx.x / 32 >= WARPS / 2, end = work->heads_end;
+  query_tile walk = {work->first_head, work->rows.lo - BLOCK_M};
+#pragma unroll
+  for (int t = 0; t < 2; t++) {
+    if (walk.h < end) next_tile(&walk, p, work);
+    if (threadIdx.x == 0) work->queue[t] = walk;
+    if (t == 0 && walk.h < end) load_keys(args, tile, smem);
+    if (walk.h < end) load_query_side(args, tile, smem, &walk, t);
+    cp_async_commit_group();
+  }
+  cp_async_wait_group(1);
+  __syncthreads(); /* the first tile has landed, and the queue's first two entries are there, for all */
+  if (work->queue[0].h == end) return;
+  fa_gradient_head head = fa_gradient_of_head(p, tile, work->queue[0].h);
+  int poisoned = gradient_tile(args, &head, tile, smem, work->queue[0].m0, 0, 0);
+
+#pragma unroll 1
+  for (int t = 0; work->queue[t & 3].h < end; t++) {
+    if (walk.h < end) next_tile(&walk, p, work);
+    if (threadIdx.x == 0) work->queue[(t + 2) & 3] = walk;
+    cp_async_wait_group(0);
+    /* P and dS of tile t are complete, tile t + 1 has landed, and all warps are done with the products of tile t - 1. */
+    poisoned = __syncthreads_or(poisoned);
+    if (walk.h < end) load_query_side(args, tile, smem, &walk, (t + 2) % 3);
+    cp_async_commit_group();
+    int poisoned_ahead = 0;
+#pragma unroll 1
+    for (int half = 0; half < 2; half++) {
+      if (half == !products_first) {
+        accumulate(sums, smem, t % 3, t & 1, poisoned);
+        if (ADD_DQ) add_dq(args, tile, work->queue[t & 3].h, smem, work->queue[t & 3].m0, t & 1, poisoned);
+      } else if (work->queue[(t + 1) & 3].h < end) {
+        if (work->queue[(t + 1) & 3].h != head.h) head = fa_gradient_of_head(p, tile, work->queue[(t + 1) & 3].h);
+        poisoned_ahead = gradient_tile(args, &head, tile, smem, work->queue[(t + 1) & 3].m0, (t + 1) % 3, (t + 1) & 1);
+      }
+    }
+    poisoned = poisoned_ahead;
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, CTAS) bwd_sm80(const __grid_constant__ fa_gradient_args args) {
   extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ fa_tile tile; /* not in registers, which are short */
-  fa_tile found;
-  if (!fa_find_key_tile(&args.problem, args.key_tiles, BLOCK_N, &found)) return;
-  if (threadIdx.x == 0) tile = found;
-  __syncthreads(); /* the tile is there for all */
+  cta_work *work = (cta_work *)(shared + WORK_OFFSET);
+  if (!find_work(&args, work)) return;
   shared_map smem = map_shared(smem_address(shared));
   warp_sums sums;
 #pragma unroll
@@ -255,7 +351,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) bwd_sm80(const __grid_c
   for (int i = 0; i < KV_M * DV_N; i++)
 #pragma unroll
     for (int e = 0; e < 4; e++) sums.dv[i][e] = 0.0f;
-  walk_queries(&sums, &args, &tile, &smem);
-  store_keys(&args.dk, &tile, sums.dk, DK_COLUMNS, args.problem.dim_qk, (float)args.problem.scale);
-  store_keys(&args.dv, &tile, sums.dv, DV_COLUMNS, args.problem.dim_v, 1.0f);
+  if (STAGES == 3)
+    walk_overlapped(&sums, &args, work, &smem);
+  else
+    walk_in_turn(&sums, &args, work, &smem);
+  store_keys(&args.dk, &work->tile, sums.dk, DK_COLUMNS, args.problem.dim_qk, (float)args.problem.scale);
+  store_keys(&args.dv, &work->tile, sums.dv, DV_COLUMNS, args.problem.dim_v, 1.0f);
 }

@@ -1,31 +1,16 @@
 /* dq_sum.h: the f32 sum of dQ in the workspace, in the order of mma fragments.
  *
- * Sixteen rows of the sum are one run of memory: fragment after fragment of 8 columns, FA_FRAGMENT floats each. From sm_90 on, one instruction
- * adds a lane's four numbers, so lane l has floats 4 l to 4 l + 3; before, one adds a number of each lane, so number i of lane l is float
- * 32 i + l. Either way a warp's addition touches whole lines.
+ * Sixteen rows of the sum are one run of memory: fragment after fragment of 8 columns, FA_FRAGMENT floats each. From sm_90 on, one
+ * instruction adds a lane's four numbers, so lane l has floats 4 l to 4 l + 3; before, one adds a number of each lane, so number i of
+ * lane l is float 32 i + l. Either way a warp's addition touches whole lines.
  */
 #ifndef FA_DQ_SUM_H
 #define FA_DQ_SUM_H
 
 #include "args_bwd.h"
+#include "ptx_bwd.h"
 
 #define FA_FRAGMENT 128 /* floats: 16 rows by 8 columns */
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-#define FA_VECTOR_RED 1
-#else
-#define FA_VECTOR_RED 0
-#endif
-
-FA_INLINE void red_global_add_f32(float *address, float x) { asm volatile("red.global.add.f32 [%0], %1;" ::"l"(address), "f"(x) : "memory"); }
-
-FA_INLINE void red_global_add_v4_f32(float *address, const float x[4]) {
-#if FA_VECTOR_RED
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
-#else
-  for (int i = 0; i < 4; i++) red_global_add_f32(address + i, x[i]);
-#endif
-}
 
 FA_INLINE void fa_add_fragment(float *fragment_gmem, int lane, const float x[4]) {
   if (FA_VECTOR_RED) {

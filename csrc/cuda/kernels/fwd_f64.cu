@@ -39,7 +39,8 @@ FA_INLINE void add_keys(row_state *s, const plain_row *r, fa_philox_key key, int
     double w = __shfl_sync(0xFFFFFFFFu, weight, j);
 #pragma unroll
     for (int c = 0; c < LANE_COLUMNS; c++)
-      if (lane + 32 * c < r->p->dim_v && w != 0.0) s->o[c] += w * ((const double *)r->v_gmem)[(n0 + j) * r->v_row + (lane + 32 * c) * r->v_dim];
+      if (lane + 32 * c < r->p->dim_v && w != 0.0)
+        s->o[c] += w * ((const double *)r->v_gmem)[(n0 + j) * r->v_row + (lane + 32 * c) * r->v_dim];
   }
 }
 
@@ -68,5 +69,6 @@ extern "C" __global__ void __launch_bounds__(32 * PLAIN_WARPS) fwd_f64(const __g
 #pragma unroll
   for (int c = 0; c < LANE_COLUMNS; c++)
     if (lane + 32 * c < p->dim_v) out_gmem[(lane + 32 * c) * args.out.d] = factor == 0.0 ? 0.0 : s.o[c] * factor;
-  if (lane == 0) *(double *)fa_head_base(&args.lse, 8, tile.b, tile.h, tile.q_start + row) = s.sum == 0.0 ? fa_minus_infinity() : s.max + log(s.sum);
+  if (lane == 0)
+    *(double *)fa_head_base(&args.lse, 8, tile.b, tile.h, tile.q_start + row) = s.sum == 0.0 ? fa_minus_infinity() : s.max + log(s.sum);
 }

@@ -4,32 +4,33 @@
  * leaves a quad of lanes.
  *
  *            keys -->  n       n-1      n-2           each step, for one tile of BLOCK_N keys:
- *          +-------+-------+-------+-------+            S = Q K^T             tensor cores, Q from registers or shared memory
- *   warp 0 |       |       |       |                    mask, softmax         registers; rescale O when a maximum moved
- *   warp 1 |   S   |   S   |   S   |  ...               O += P V              tensor cores, P from the registers of S
- *   ...    |       |       |       |                  at the end: O / sum, lse = max + log(sum)
- *          +-------+-------+-------+-------+
+ *          +-------+-------+-------+-------+            S = Q K^T             tensor cores
+ *   warp 0 |       |       |       |                    mask S                only on boundary tiles (general_step)
+ *   warp 1 |   S   |   S   |   S   |  ...               softmax               registers; rescales O
+ *   ...    |       |       |       |                    O += P V              tensor cores, P from the registers of S
+ *          +-------+-------+-------+-------+            at the end: O / sum, lse = max + log(sum)
  *
  * Tiles go from the last key to the first: the ragged and the diagonal tiles come first. Those alone are masked element by element, by the warps
- * that need it; a warp skips tiles that none of its rows sees.
+ * that need it; with two stages a warp skips tiles that none of its rows sees. The grid's second axis cuts wide V and O into columns of
+ * DIM_V where O would not fit the registers (fp32 above 128).
  *
  * Shared memory, bytes, in this order (rows swizzled, tile.h):
  *   Q    BLOCK_M * HEAD_DIM * size                 read by its own warp only
  *   K    STAGES * BLOCK_N * HEAD_DIM * size
  *   V    STAGES * BLOCK_N * DIM_V * size
- *   O    in place of all of these, at the end: BLOCK_M * (DIM_V + 8) * 4
+ *   O    in place of all of these, at the end: BLOCK_M * DIM_V * size, or BLOCK_M * (DIM_V + 8) * 4 for rows that are stored by element
  * Loads are cp.async. STAGES == 2: K and V of the next tile arrive during this one, one barrier a tile. STAGES == 1, for small shared memories: V
  * arrives during Q K^T and the next K during softmax and P V, two barriers a tile.
  *
- * Registers a thread: O takes BLOCK_M / WARPS * DIM_V / 32, S takes BLOCK_M / WARPS * BLOCK_N / 32, Q in registers BLOCK_M / WARPS * HEAD_DIM / 64
- * (16 bits); csrc/cuda/tiles.def keeps their sum under about 210 of 255, and the build test refuses spills. What limits: the rate of mma.sync (about 0.62 of what
- * wgmma reaches on sm_90), then the exponential.
+ * Registers a thread: O takes BLOCK_M / WARPS * DIM_V / 32, S takes BLOCK_M / WARPS * BLOCK_N / 32; csrc/cuda/tiles.def keeps their sum at
+ * 160 or less of 255. What limits: the latency of mma.sync with two warps a scheduler (ncu: tensor pipe 45 % busy, most stalls are fixed latencies), then
+ * its rate, about 0.62 of what wgmma reaches on sm_90, then the exponential.
  *
  * A weight of 0 times a value of infinity or NaN is NaN, though the pair was masked. Nothing in the loop guards against that: when O
  * holds a NaN at the end, the tile is computed again with the finite values alone, and twice more to find the infinite ones that are due.
  *
- * Constants: DTYPE, HEAD_DIM and DIM_V (padded to 32), BLOCK_M, BLOCK_N, WARPS, STAGES, CTAS (wanted on an SM), Q_REGISTERS, ALIGNED, SCORE (1: any
- * of softcap, bias, mask, ALiBi, a scale that is not positive), DROPOUT.
+ * Constants: DTYPE, HEAD_DIM and DIM_V (multiples of 32), BLOCK_M, BLOCK_N, WARPS, STAGES, CTAS (wanted on an SM), ALIGNED (tile.h), SCORE (1:
+ * any of softcap, bias, mask, ALiBi, a scale that is not positive), DROPOUT, BLOCK_MASK.
  */
 #define REAL float
 
@@ -50,13 +51,14 @@
 #define Q_TILE_BYTES (BLOCK_M * Q_ROW_BYTES)
 #define K_TILE_BYTES (BLOCK_N * Q_ROW_BYTES)
 #define V_TILE_BYTES (BLOCK_N * V_ROW_BYTES)
-#define O_PITCH (DIM_V + 8) /* floats; eight apart, so that the quads of a warp write to different banks */
+#define PLAIN_STEPS (!SCORE && !DROPOUT && ALIGNED) /* a copy of the loop without what most tiles do not need */
+#define COLUMN0 ((int)blockIdx.y * DIM_V)           /* first column of V and O of this CTA */
+#define O_PITCH (DIM_V + 8)                         /* floats; eight apart, so that the quads of a warp write to different banks */
 
 /* A warp's state. Row r of fragment m is row 16 * m + lane / 4 + 8 * r of the warp. */
 typedef struct {
   float o[M_FRAGS][V_FRAGS][4];
   float max[M_FRAGS][2], sum[M_FRAGS][2]; /* sum: this lane's columns only */
-  fa_operand_a p[M_FRAGS][PV_STEPS];      /* weights of the tile before, whose values are still to be added */
 } warp_state;
 
 /* S = Q K^T */
@@ -93,7 +95,8 @@ FA_INLINE void scores(float s[M_FRAGS][N_FRAGS][4], uint32_t q_smem, int warp_ro
 
 /* Products become scores, in natural units. One loop a feature, since all but one or two are absent. Pairs outside the sequence have no bias or
  * mask to read, and are masked later. */
-FA_INLINE void change_scores(float s[N_FRAGS][4], const fa_arg_problem *p, const fa_score_head *head, const fa_tile *tile, int row0, int n0) {
+FA_INLINE void change_scores(float s[N_FRAGS][4], const fa_arg_problem *p, const fa_score_head *head, const fa_tile *tile, int row0,
+                             int n0) {
   int lane = threadIdx.x % 32, column = n0 + 2 * (lane & 3), columns = tile->len_k - column;
 #pragma unroll
   for (int n = 0; n < N_FRAGS; n++)
@@ -125,7 +128,7 @@ FA_INLINE void drop_weights(float s[N_FRAGS][4], const fa_arg_problem *p, fa_phi
 #pragma unroll
   for (int n = 0; n < N_FRAGS; n++) {
     uint32_t word[4];
-    fa_fragment_words(key, tile->b, tile->h, row0, n0 + 8 * n, word);
+    fa_fragment_words(key, tile->b, tile->h, row0 + (int)(threadIdx.x % 32 / 4), n0 + 8 * n, word);
 #pragma unroll
     for (int e = 0; e < 4; e++)
       if (word[e] < p->dropout_threshold) s[n][e] = 0.0f;
@@ -133,17 +136,14 @@ FA_INLINE void drop_weights(float s[N_FRAGS][4], const fa_arg_problem *p, fa_phi
 }
 
 /* O += P V */
-FA_INLINE void weigh_values(warp_state *w, uint32_t v_smem) {
+FA_INLINE void weigh_values(float o[M_FRAGS][V_FRAGS][4], float s[M_FRAGS][N_FRAGS][4], uint32_t v_smem) {
   int lane = threadIdx.x % 32;
   fa_lane v_lane = fa_lane_rows_first(lane, V_ROW_BYTES);
 #pragma unroll
   for (int step = 0; step < PV_STEPS; step++) {
     fa_operand_a p[M_FRAGS];
 #pragma unroll
-    for (int m = 0; m < M_FRAGS; m++) {
-      p[m] = w->p[m][step];
-      fa_split_a(&p[m]);
-    }
+    for (int m = 0; m < M_FRAGS; m++) fa_operand_from_accumulator(&p[m], s[m], step);
 #pragma unroll
     for (int pair = 0; pair < V_FRAGS / 2; pair++) {
       fa_operand_b v[2];
@@ -152,7 +152,7 @@ FA_INLINE void weigh_values(warp_state *w, uint32_t v_smem) {
       for (int half = 0; half < 2; half++) {
         fa_split_b(&v[half]);
 #pragma unroll
-        for (int m = 0; m < M_FRAGS; m++) fa_mma(w->o[m][2 * pair + half], &p[m], &v[half]);
+        for (int m = 0; m < M_FRAGS; m++) fa_mma(o[m][2 * pair + half], &p[m], &v[half]);
       }
     }
   }
@@ -173,7 +173,7 @@ FA_INLINE uint32_t reread_element(uint32_t bits, int pass) {
   return !finite && bits != (pass == ABOVE ? exponent | sign : exponent) ? one : 0;
 }
 
-/* A tile of V in shared memory, in place. */
+/* A tile of V in shared memory, in place, by all threads. */
 FA_INLINE void reread_values(uint32_t v_smem, int pass) {
 #pragma unroll 1
   for (uint32_t at = 4 * threadIdx.x; at < V_TILE_BYTES; at += 4 * THREADS) {
@@ -184,34 +184,27 @@ FA_INLINE void reread_values(uint32_t v_smem, int pass) {
       bits = reread_element(bits & 0xFFFFu, pass) | reread_element(bits >> 16, pass) << 16;
     st_shared_b32(v_smem + at, bits);
   }
+  __syncthreads(); /* every warp reads what all have rewritten */
 }
 
 /* ---- one query tile ---- */
 
-/* Scores become weights, in place, and join the sums. Returns whether O has to be rescaled. */
-FA_INLINE int weigh_scores(warp_state *w, float s[M_FRAGS][N_FRAGS][4], float to_log2, float rescale[M_FRAGS][2]) {
-  int moved = 0;
+/* Scores become weights, in place; sum and O are rescaled to the new maxima, O only when one of the warp has moved. */
+FA_INLINE void weigh_scores(warp_state *w, float s[M_FRAGS][N_FRAGS][4], float to_log2) {
 #pragma unroll
   for (int m = 0; m < M_FRAGS; m++) {
-    fa_move_maxima(s[m], N_FRAGS, to_log2, w->max[m], rescale[m]);
-    moved |= rescale[m][0] != 1.0f || rescale[m][1] != 1.0f;
-  }
+    float rescale[2];
+    fa_move_maxima(s[m], N_FRAGS, to_log2, w->max[m], rescale);
 #pragma unroll
-  for (int m = 0; m < M_FRAGS; m++) {
-    w->sum[m][0] *= rescale[m][0];
-    w->sum[m][1] *= rescale[m][1];
+    for (int r = 0; r < 2; r++) w->sum[m][r] *= rescale[r];
+    if (__any_sync(0xFFFFFFFFu, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
+#pragma unroll
+      for (int d = 0; d < V_FRAGS; d++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) w->o[m][d][e] *= rescale[e >> 1];
+    }
     fa_weigh(s[m], N_FRAGS, to_log2, w->max[m], w->sum[m]);
   }
-  return moved;
-}
-
-FA_INLINE void rescale_output(warp_state *w, float rescale[M_FRAGS][2]) {
-#pragma unroll
-  for (int m = 0; m < M_FRAGS; m++)
-#pragma unroll
-    for (int d = 0; d < V_FRAGS; d++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) w->o[m][d][e] *= rescale[m][e >> 1];
 }
 
 /* The key tiles of this CTA, [first, last]: those that some row sees, or its split's share of them. */
@@ -223,26 +216,94 @@ FA_INLINE void key_tiles(const fa_forward_args *args, const fa_tile *tile, int m
   *last = fa_min(end, *first + share) - 1;
 }
 
+/* What the steps over the key tiles share. */
+typedef struct {
+  const fa_forward_args *args;
+  const fa_tile *tile;
+  uint32_t q_smem, k_smem, v_smem;
+  const char *k_gmem, *v_gmem; /* key 0 of the sequence */
+  int warp_row, row0;          /* the warp's first row: in the tile, in the sequence */
+  float to_log2;
+} walk_state;
+
+FA_INLINE void load_k(const walk_state *a, int n, int stage) {
+  const fa_arg_view *k = &a->args->k;
+  fa_load_tile(a->k_smem + stage * K_TILE_BYTES, a->k_gmem + n * (k->s * (BLOCK_N * ELEMENT_BYTES)), k, a->tile->len_k - n * BLOCK_N,
+               a->args->problem.dim_qk, BLOCK_N, HEAD_DIM, THREADS);
+}
+
+FA_INLINE void load_v(const walk_state *a, int n, int stage) {
+  const fa_arg_view *v = &a->args->v;
+  fa_load_tile(a->v_smem + stage * V_TILE_BYTES, a->v_gmem + n * (v->s * (BLOCK_N * ELEMENT_BYTES)), v, a->tile->len_k - n * BLOCK_N,
+               a->args->problem.dim_v - COLUMN0, BLOCK_N, DIM_V, THREADS);
+}
+
+/* Waits for this tile and starts the loads of the next; afterwards K(n) is there, and with two stages V(n). */
+FA_INLINE void begin_step(const walk_state *a, int n, int next, int stage) {
+  cp_async_wait_group(0);
+  __syncthreads(); /* the loads have landed for all; all warps are done with the stage that is filled next */
+  if (STAGES == 1) {
+    load_v(a, n, 0);
+  } else if (next >= 0) {
+    load_k(a, next, stage ^ 1);
+    load_v(a, next, stage ^ 1);
+  }
+  cp_async_commit_group();
+}
+
+/* With one stage: afterwards V(n) is there. */
+FA_INLINE void middle_of_step(const walk_state *a, int next) {
+  if (STAGES == 1) {
+    cp_async_wait_group(0);
+    __syncthreads(); /* V(n) has landed for all; all warps are done with K(n) */
+    if (next >= 0) load_k(a, next, 0);
+    cp_async_commit_group();
+  }
+}
+
+/* A tile that every row of the CTA sees as a whole: straight code. */
+FA_INLINE void plain_step(warp_state *w, const walk_state *a, int n, int next, int stage) {
+  float s[M_FRAGS][N_FRAGS][4];
+  begin_step(a, n, next, stage);
+  scores(s, a->q_smem, a->warp_row, a->k_smem + stage * K_TILE_BYTES);
+  middle_of_step(a, next);
+  weigh_scores(w, s, a->to_log2);
+  weigh_values(w->o, s, a->v_smem + stage * V_TILE_BYTES);
+}
+
+/* Any tile, any feature, any pass. */
+FA_INLINE void general_step(warp_state *w, const walk_state *a, const fa_score_head *head, fa_philox_key key, int n, int next, int stage,
+                            int pass) {
+  const fa_arg_problem *p = &a->args->problem;
+  const fa_tile *tile = a->tile;
+  int n0 = n * BLOCK_N, row1 = fa_min(a->row0 + WARP_ROWS, tile->len_q);
+  fa_range visited = fa_visited_keys(p->rule, tile->len_q, tile->len_k, a->row0, row1);
+  fa_range unmasked = fa_unmasked_keys(p->rule, tile->len_q, tile->len_k, a->row0, row1);
+  int seen = a->row0 < row1 && n0 < visited.hi && n0 + BLOCK_N > visited.lo;
+  float s[M_FRAGS][N_FRAGS][4];
+
+  begin_step(a, n, next, stage);
+  if (STAGES == 2 && pass != PLAIN) reread_values(a->v_smem + stage * V_TILE_BYTES, pass);
+  if (STAGES == 2 && !seen) return; /* no barrier is left in this step; with one stage the tile is computed and masked as a whole */
+  scores(s, a->q_smem, a->warp_row, a->k_smem + stage * K_TILE_BYTES);
+  middle_of_step(a, next);
+  if (STAGES == 1 && pass != PLAIN) reread_values(a->v_smem, pass);
+#pragma unroll
+  for (int m = 0; m < M_FRAGS; m++) {
+    if (SCORE) change_scores(s[m], p, head, tile, a->row0 + 16 * m, n0);
+    if (n0 < unmasked.lo || n0 + BLOCK_N > unmasked.hi)
+      fa_mask_fragments(s[m], N_FRAGS, p->rule, tile->len_q, tile->len_k, a->row0 + 16 * m, n0);
+  }
+  weigh_scores(w, s, a->to_log2);
+#pragma unroll
+  for (int m = 0; m < M_FRAGS; m++)
+    if (DROPOUT) drop_weights(s[m], p, key, tile, a->row0 + 16 * m, n0);
+  weigh_values(w->o, s, a->v_smem + stage * V_TILE_BYTES);
+}
+
 /* Walks over the key tiles with O, max and sum in registers. */
 FA_INLINE void attend(warp_state *w, const fa_forward_args *args, const fa_tile *tile, uint32_t smem, int pass) {
   const fa_arg_problem *p = &args->problem;
-  uint32_t q_smem = smem, k_smem = q_smem + Q_TILE_BYTES, v_smem = k_smem + 2 * K_TILE_BYTES;
-  int warp_row = threadIdx.x / 32 * WARP_ROWS, row0 = tile->m0 + warp_row, m1 = fa_min(tile->m0 + BLOCK_M, tile->len_q);
-  int warp_m1 = fa_min(row0 + WARP_ROWS, tile->len_q), h_k = tile->h / p->group;
-  fa_range warp_seen = fa_visited_keys(p->rule, tile->len_q, tile->len_k, row0, warp_m1);
-  fa_range plain = fa_unmasked_keys(p->rule, tile->len_q, tile->len_k, row0, warp_m1);
-  if (warp_m1 <= row0) warp_seen.hi = 0;
-
-  const char *k_gmem = fa_head_base(&args->k, ELEMENT_BYTES, tile->b, h_k, tile->k_start);
-  const char *v_gmem = fa_head_base(&args->v, ELEMENT_BYTES, tile->b, h_k, tile->k_start);
-  int64_t k_stride = args->k.s * ELEMENT_BYTES, v_stride = args->v.s * ELEMENT_BYTES;
-#define LOAD_K(n, stage)                                                                                                                   \
-  fa_load_tile(k_smem + (stage) * K_TILE_BYTES, k_gmem + (n) * (k_stride * BLOCK_N), &args->k, tile->len_k - (n) * BLOCK_N, p->dim_qk,       \
-               BLOCK_N, HEAD_DIM, THREADS)
-#define LOAD_V(n, stage)                                                                                                                   \
-  fa_load_tile(v_smem + (stage) * V_TILE_BYTES, v_gmem + (n) * (v_stride * BLOCK_N), &args->v, tile->len_k - (n) * BLOCK_N, p->dim_v, BLOCK_N, \
-               DIM_V, THREADS)
-
 #pragma unroll
   for (int m = 0; m < M_FRAGS; m++) {
 #pragma unroll
@@ -253,70 +314,42 @@ FA_INLINE void attend(warp_state *w, const fa_forward_args *args, const fa_tile 
       for (int e = 0; e < 4; e++) w->o[m][d][e] = 0.0f;
   }
 
-  int first, last, stage = 0;
+  int first, last, stage = 0, m1 = fa_min(tile->m0 + BLOCK_M, tile->len_q);
   key_tiles(args, tile, m1, &first, &last);
-  fa_key_walk walk = fa_walk_keys(p, tile, first, last, BLOCK_N);
-  int n = last >= first ? fa_walk_next(&walk) : -1;
+  fa_key_walk walk;
+  if (BLOCK_MASK) walk = fa_walk_keys(p, tile, first, last, BLOCK_N);
+  int n = last < first ? -1 : BLOCK_MASK ? fa_walk_next(&walk) : last;
   if (n < 0) return;
 
+  int h_k = tile->h / p->group, warp_row = threadIdx.x / 32 * WARP_ROWS;
+  walk_state a = {args, tile, smem, smem + Q_TILE_BYTES, smem + Q_TILE_BYTES + STAGES * K_TILE_BYTES};
+  a.k_gmem = fa_head_base(&args->k, ELEMENT_BYTES, tile->b, h_k, tile->k_start);
+  a.v_gmem = fa_head_base(&args->v, ELEMENT_BYTES, tile->b, h_k, tile->k_start) + COLUMN0 * args->v.d * ELEMENT_BYTES;
+  a.warp_row = warp_row, a.row0 = tile->m0 + warp_row;
+  a.to_log2 = SCORE ? LOG2E : (float)p->scale * LOG2E;
   fa_score_head head;
   fa_philox_key key;
   if (SCORE) head = fa_score_of_head(p, tile);
   if (DROPOUT) key = fa_dropout_key_of(p);
-  float to_log2 = SCORE ? LOG2E : (float)p->scale * LOG2E;
 
-  fa_load_tile(q_smem, fa_head_base(&args->q, ELEMENT_BYTES, tile->b, tile->h, tile->q_start + tile->m0), &args->q, tile->len_q - tile->m0,
-               p->dim_qk, BLOCK_M, HEAD_DIM, THREADS);
-  LOAD_K(n, 0);
+  fa_load_tile(a.q_smem, fa_head_base(&args->q, ELEMENT_BYTES, tile->b, tile->h, tile->q_start + tile->m0), &args->q,
+               tile->len_q - tile->m0, p->dim_qk, BLOCK_M, HEAD_DIM, THREADS);
+  load_k(&a, n, 0);
+  if (STAGES == 2) load_v(&a, n, 0);
   cp_async_commit_group();
 
-  int pending = 0;
-  for (int next; n >= 0; n = next, stage ^= 1) {
-    int n0 = n * BLOCK_N, masked = n0 < plain.lo || n0 + BLOCK_N > plain.hi;
-    next = fa_walk_next(&walk);
-    cp_async_wait_group(0);
-    __syncthreads(); /* K(n) and V of the tile before have landed for all; all warps are done with the stages that are filled next */
-    if (next >= 0) LOAD_K(next, stage ^ 1);
-    LOAD_V(n, stage);
-    cp_async_commit_group();
-    if (pass != PLAIN) {
-      reread_values(v_smem + (stage ^ 1) * V_TILE_BYTES, pass);
-      __syncthreads(); /* every warp reads what all have rewritten */
-    }
-    if (!pending && (n0 >= warp_seen.hi || n0 + BLOCK_N <= warp_seen.lo)) continue;
-
-    float s[M_FRAGS][N_FRAGS][4], rescale[M_FRAGS][2];
-    int moved;
-    scores(s, q_smem, warp_row, k_smem + stage * K_TILE_BYTES);
-#pragma unroll
-    for (int m = 0; m < M_FRAGS; m++) {
-      if (SCORE) change_scores(s[m], p, &head, tile, row0 + 16 * m, n0);
-      if (masked) fa_mask_fragments(s[m], N_FRAGS, p->rule, tile->len_q, tile->len_k, row0 + 16 * m, n0);
-    }
-    if (pending) { /* one block of straight code, in which exponentials hide behind products */
-      moved = weigh_scores(w, s, to_log2, rescale);
-      weigh_values(w, v_smem + (stage ^ 1) * V_TILE_BYTES);
-    } else {
-      moved = weigh_scores(w, s, to_log2, rescale);
-    }
-    if (__any_sync(0xFFFFFFFFu, moved)) rescale_output(w, rescale);
-#pragma unroll
-    for (int m = 0; m < M_FRAGS; m++) {
-      if (DROPOUT) drop_weights(s[m], p, key, tile, row0 + 16 * m, n0);
-#pragma unroll
-      for (int step = 0; step < PV_STEPS; step++) fa_whole_operand_from_accumulator(&w->p[m][step], s[m], step);
-    }
-    pending = 1;
+  /* Tiles [lo, hi) are visible as a whole, to all rows. */
+  fa_range unmasked = fa_unmasked_keys(p->rule, tile->len_q, tile->len_k, tile->m0, m1);
+  int lo = (fa_max(unmasked.lo, 0) + BLOCK_N - 1) / BLOCK_N, hi = PLAIN_STEPS && pass == PLAIN ? fa_max(unmasked.hi, 0) / BLOCK_N : 0;
+  while (n >= 0) {
+    int next = BLOCK_MASK ? fa_walk_next(&walk) : n > first ? n - 1 : -1;
+    if (PLAIN_STEPS && n >= lo && n < hi)
+      plain_step(w, &a, n, next, stage);
+    else
+      general_step(w, &a, &head, key, n, next, stage, pass);
+    if (STAGES == 2) stage ^= 1;
+    n = next;
   }
-  cp_async_wait_group(0);
-  __syncthreads(); /* V of the last tile has landed for all */
-  if (pass != PLAIN) {
-    reread_values(v_smem + (stage ^ 1) * V_TILE_BYTES, pass);
-    __syncthreads(); /* every warp reads what all have rewritten */
-  }
-  if (pending) weigh_values(w, v_smem + (stage ^ 1) * V_TILE_BYTES);
-#undef LOAD_K
-#undef LOAD_V
 }
 
 FA_INLINE int has_nan(warp_state *w) {
@@ -364,7 +397,8 @@ FA_INLINE void store_chunks(const row_target *t, uint32_t o_smem, int warp_row, 
     uint32_t r[4];
     ld_shared_v4(r, fa_chunk_address(o_smem, warp_row + row, chunk, V_ROW_BYTES));
     if (row0 + row < end && chunk * CHUNK_ELEMENTS < t->dims)
-      *(uint4 *)(t->row0_gmem + ((row0 + row) * t->row_stride + chunk * CHUNK_ELEMENTS) * ELEMENT_BYTES) = make_uint4(r[0], r[1], r[2], r[3]);
+      *(uint4 *)(t->row0_gmem + ((row0 + row) * t->row_stride + chunk * CHUNK_ELEMENTS) * ELEMENT_BYTES) =
+          make_uint4(r[0], r[1], r[2], r[3]);
   }
 }
 
@@ -407,9 +441,10 @@ FA_INLINE void finish(warp_state *w, const fa_forward_args *args, const fa_tile 
   char *lse_gmem = partial ? (char *)args->partial_lse + part * 4 : fa_head_base(&args->lse, 4, tile->b, tile->h, tile->q_start);
   int64_t lse_stride = partial ? 1 : args->lse.s;
   float sink = partial ? MINUS_INFINITY : fa_sink_of_head(p, tile->h);
-  row_target target = {fa_head_base(&args->out, ELEMENT_BYTES, tile->b, tile->h, tile->q_start), args->out.s, args->out.d, p->dim_v,
-                       DTYPE == FA_ARG_F32};
-  int whole_chunks = !partial && pass <= FINITE && target.dim_stride == 1 && p->dim_v % CHUNK_ELEMENTS == 0 &&
+  int dims = fa_min(p->dim_v - COLUMN0, DIM_V);
+  char *out_gmem = fa_head_base(&args->out, ELEMENT_BYTES, tile->b, tile->h, tile->q_start) + COLUMN0 * args->out.d * ELEMENT_BYTES;
+  row_target target = {out_gmem, args->out.s, args->out.d, dims, DTYPE == FA_ARG_F32};
+  int whole_chunks = !partial && pass <= FINITE && target.dim_stride == 1 && dims % CHUNK_ELEMENTS == 0 &&
                      target.row_stride % CHUNK_ELEMENTS == 0 && (uint64_t)target.row0_gmem % 16 == 0;
   float *o_smem = (float *)shared + warp_row * O_PITCH;
 #pragma unroll
@@ -437,7 +472,7 @@ FA_INLINE void finish(warp_state *w, const fa_forward_args *args, const fa_tile 
       }
     }
   if (partial) {
-    row_target f32 = {(char *)args->partial_out + part * p->dim_v * 4, p->dim_v, 1, p->dim_v, 1};
+    row_target f32 = {(char *)args->partial_out + (part * p->dim_v + COLUMN0) * 4, p->dim_v, 1, dims, 1};
     target = f32;
   }
   __syncwarp(); /* a warp reads back its own rows only; all warps of a CTA use the same one of the two layouts */

@@ -3,8 +3,8 @@
  *     P  = exp(score - lse)                       times 1 / (1 - p) or 0 under dropout, for dv
  *     dS = P * (dout.v * multiplier - delta)      gradient of the bias; times d(cap(x))/dx for q and k
  *
- * A pair that is not visible has P = dS = 0 exactly, whatever the operands hold. Expects REAL, SCORE (1: any of softcap, bias, mask, ALiBi) and
- * DROPOUT.
+ * A pair that is not visible has P = dS = 0 exactly, whatever the operands hold. Expects REAL, SCORE (1: any of softcap, bias, mask,
+ * ALiBi) and DROPOUT.
  */
 #ifndef FA_GRADIENT_H
 #define FA_GRADIENT_H
@@ -29,8 +29,8 @@ FA_INLINE int fa_slack_keys(const fa_arg_problem *p, int n0, fa_tile *tile) {
   return start + n0 < p->total_k;
 }
 
-/* The tile of keys of this CTA: m0 counts keys, h is a key head. The grid counts, from the fastest: tile, key head, batch entry; when packed the
- * tiles of all sequences come in one row. The first tile comes first: under a causal mask it is the longest. */
+/* The tile of keys of this CTA: m0 counts keys, h is a key head. The grid counts, from the fastest: tile, key head, batch entry; when
+ * packed the tiles of all sequences come in one row. The first tile comes first: under a causal mask it is the longest. */
 FA_INLINE int fa_find_key_tile(const fa_arg_problem *p, int tiles, int keys, fa_tile *tile) {
   unsigned left = blockIdx.x / (unsigned)tiles;
   int index = (int)(blockIdx.x % (unsigned)tiles), count = tiles;
@@ -88,14 +88,17 @@ FA_INLINE int fa_tile_is_full(const fa_arg_problem *p, const fa_gradient_head *h
 
 /* ---- one pair ---- */
 
-/* lse comes as fa_gradient_args.lse_rows has it: in base 2 for float, natural for double. */
+/* lse comes as fa_gradient_args.lse_rows has it: in base 2 for 16-bit elements, so that an exponent is one multiply-add; natural for
+ * fp32 and fp64, where the rounding of score * log2(e) would show when scores are large. */
 FA_INLINE REAL fa_weight(REAL score, REAL lse) {
-  return sizeof(REAL) == 8 ? (REAL)exp((double)(score - lse)) : (REAL)ex2_approx(__fmaf_rn((float)score, LOG2E, -(float)lse));
+  if (sizeof(REAL) == 8) return (REAL)exp((double)(score - lse));
+  if (DTYPE == FA_ARG_F32) return (REAL)ex2_approx((float)(score - lse) * LOG2E);
+  return (REAL)ex2_approx(__fmaf_rn((float)score, LOG2E, -(float)lse));
 }
 
 /* *s: q.k, becomes the weight for dv. *dp: dout.v, becomes dS before the cap. Returns d(cap(x))/dx. */
-FA_INLINE REAL fa_gradient_of_pair(const fa_arg_problem *p, const fa_gradient_head *head, REAL *s, REAL *dp, int visible, int i, int j, REAL lse,
-                                   REAL delta, int dropped) {
+FA_INLINE REAL fa_gradient_of_pair(const fa_arg_problem *p, const fa_gradient_head *head, REAL *s, REAL *dp, int visible, int i, int j,
+                                   REAL lse, REAL delta, int dropped) {
   REAL score = *s * head->score.scale, slope_of_cap = 1;
   if (SCORE && visible) {
     REAL shift = fa_shift(p, &head->score, i, j);

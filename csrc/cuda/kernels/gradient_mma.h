@@ -25,19 +25,30 @@ FA_INLINE int fa_has_nonfinite(float s[][4], int count) {
   return zero != 0.0f;
 }
 
+/* A long sum of numbers of both signs: `lost` is what rounding has taken from `sum`. */
+typedef struct {
+  float sum, lost;
+} fa_long_sum;
+
+FA_INLINE void fa_add_to(fa_long_sum *s, float x) {
+  float added = x - s->lost, sum = s->sum + added;
+  s->lost = (sum - s->sum) - added;
+  s->sum = sum;
+}
+
 /* What a caller wants besides P and dS. */
 typedef struct {
-  int before_cap;      /* dS as the gradient of the bias, not of q and k */
-  float *distance_sum; /* receives -dS * |i + off - j| summed, the gradient of the slope; or 0 */
+  int before_cap;            /* dS as the gradient of the bias, not of q and k */
+  fa_long_sum *distance_sum; /* receives -dS * |i + off - j| summed, the gradient of the slope; or 0 */
 } fa_gradient_wish;
 
 /* The plain form: no score changes, no dropout. Invisible pairs are cleared afterwards, in the tiles that have any. */
-FA_INLINE void fa_plain_gradient(float s[][4], float dp[][4], int count, float scale_log2, const float lse[2], const float delta[2]) {
+FA_INLINE void fa_plain_gradient(float s[][4], float dp[][4], int count, float scale, const float lse[2], const float delta[2]) {
 #pragma unroll
   for (int n = 0; n < count; n++)
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-      s[n][e] = ex2_approx(__fmaf_rn(s[n][e], scale_log2, -lse[e >> 1]));
+      s[n][e] = DTYPE == FA_ARG_F32 ? fa_weight(s[n][e] * scale, lse[e >> 1]) : ex2_approx(__fmaf_rn(s[n][e], scale * LOG2E, -lse[e >> 1]));
       dp[n][e] = s[n][e] * (dp[n][e] - delta[e >> 1]);
     }
 }
@@ -62,11 +73,11 @@ FA_INLINE void fa_changed_gradient(float s[][4], float dp[][4], int count, const
 #pragma unroll
     for (int e = 0; e < 4; e++) {
       int r = e >> 1, i = row + 8 * r, j = column + 8 * n + (e & 1), visible = j >= keys[r].lo && j < keys[r].hi;
-      float slope_of_cap = fa_gradient_of_pair(p, head, &s[n][e], &dp[n][e], visible, i, j, lse[r], delta[r],
-                                               DROPOUT && word[e] < p->dropout_threshold);
+      float slope_of_cap =
+          fa_gradient_of_pair(p, head, &s[n][e], &dp[n][e], visible, i, j, lse[r], delta[r], DROPOUT && word[e] < p->dropout_threshold);
       if (SCORE && wish.distance_sum) {
         int distance = i + head->score.off - j;
-        *wish.distance_sum -= dp[n][e] * (float)(distance < 0 ? -distance : distance);
+        fa_add_to(wish.distance_sum, -dp[n][e] * (float)(distance < 0 ? -distance : distance));
       }
       if (SCORE && !wish.before_cap) dp[n][e] *= slope_of_cap;
     }
@@ -82,7 +93,7 @@ FA_INLINE void fa_gradient_fragments(float s[][4], float dp[][4], int count, con
   if (SCORE || DROPOUT) {
     fa_changed_gradient(s, dp, count, p, head, row, keys, column, lse, delta, wish);
   } else {
-    fa_plain_gradient(s, dp, count, (float)p->scale * LOG2E, lse, delta);
+    fa_plain_gradient(s, dp, count, (float)p->scale, lse, delta);
     if (!full) fa_clear_invisible(s, dp, count, keys, column);
   }
 }

@@ -102,7 +102,8 @@ FA_INLINE void fa_load_b_columns(fa_operand_b b[2], uint32_t tile_smem, fa_lane 
     for (int half = 0; half < 2; half++)
 #pragma unroll
       for (int i = 0; i < 2; i++)
-        b[half].r[i] = ld_shared_b32(fa_chunk_address(tile_smem, row + i, 4 * pair + 2 * half + (column >> 2), row_bytes) + (column & 3) * 4);
+        b[half].r[i] =
+            ld_shared_b32(fa_chunk_address(tile_smem, row + i, 4 * pair + 2 * half + (column >> 2), row_bytes) + (column & 3) * 4);
   } else {
     uint32_t r[4];
     ldmatrix_x4_trans(r, fa_lane_address(tile_smem, rows_first, 16 * step, 2 * pair, row_bytes));

@@ -4,13 +4,14 @@
  *     A: rows of its tile, or columns          rows         rows           columns        columns        rows
  *     B: rows of its tile, or columns          rows         rows           columns        columns        columns
  *
- * "Columns" means that k runs over the rows of the tile, so that ldmatrix transposes; fp32 has no such instruction and loads element by element,
- * with k in the order 0 2 4 6 1 3 5 7, and then A has to come in the same order.
+ * "Columns" means that k runs over the rows of the tile, so that ldmatrix transposes; fp32 has no such instruction and loads element by
+ * element, with k in the order 0 2 4 6 1 3 5 7, and then A has to come in the same order.
  */
 #ifndef FA_MMA_BWD_H
 #define FA_MMA_BWD_H
 
 #include "mma.h"
+#include "ptx_bwd.h"
 
 enum { FA_BY_ROWS = 0, FA_BY_COLUMNS = 1 };
 
@@ -19,13 +20,6 @@ typedef struct {
   uint32_t smem;
   int by, at, row_bytes;
 } fa_tile_operand;
-
-/* x, about which the compiler knows nothing any more: it then computes addresses anew for each product instead of carrying them, one register
- * each, around the loop over tiles. */
-FA_INLINE uint32_t fa_opaque(uint32_t x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
 
 FA_INLINE uint32_t fa_ld_element(uint32_t tile_smem, int row, int column, int row_bytes) {
   uint32_t chunk_smem = fa_chunk_address(tile_smem, row, column / CHUNK_ELEMENTS, row_bytes);
@@ -86,9 +80,9 @@ FA_INLINE void fa_product(float acc[][4], int m_count, int n_count, int k, fa_ti
 
 /* ---- data that is not finite ----
  *
- * 0 * NaN is NaN, so a pair that is not visible, with P = dS = 0, would still spoil a gradient. In tiles with such pairs and such data every
- * number of B is taken as its finite part (0 if it has none), and a second product of flags, "A is not 0" times "B is not finite",
- * counts the NaN that are due. */
+ * 0 * NaN is NaN, so a pair that is not visible, with P = dS = 0, would still spoil a gradient. In tiles with such pairs and such data
+ * every number of B is taken as its finite part (0 if it has none), and a second product of flags, "A is not 0" times "B is not
+ * finite", counts the NaN that are due. */
 
 #define ONE_BITS (DTYPE == FA_ARG_F32 ? 0x3F800000u : DTYPE == FA_ARG_BF16 ? 0x3F80u : 0x3C00u)
 #define EXPONENT_BITS (DTYPE == FA_ARG_F32 ? 0x7F800000u : DTYPE == FA_ARG_BF16 ? 0x7F80u : 0x7C00u)
@@ -173,7 +167,7 @@ FA_INLINE void fa_store_fragments(uint32_t tile_smem, float s[][4], int count, i
 /* A lane's two neighbouring elements of a row of a gradient. `dims` counts the row's elements. */
 FA_INLINE void fa_store_pair(char *row_gmem, int64_t dim_stride, int dims, int column, float x, float y) {
   if (ALIGNED && DTYPE == FA_ARG_F32) {
-    if (column < dims) *(float2 *)(row_gmem + column * 4) = make_float2(x, y);
+    if (column < dims) *(uint64_t *)(row_gmem + column * 4) = (uint64_t)__float_as_uint(y) << 32 | __float_as_uint(x);
   } else if (ALIGNED) {
     if (column < dims) *(uint32_t *)(row_gmem + column * 2) = fa_pack(x, y);
   } else {

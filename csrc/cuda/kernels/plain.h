@@ -49,7 +49,8 @@ FA_INLINE plain_row plain_row_of(const fa_forward_args *args, const fa_tile *til
   r.blocks = 0;
   if (r.hi > r.lo) r.head = fa_score_of_head(p, tile);
   if (p->block_mask.data)
-    r.blocks = (const char *)p->block_mask.data + tile->b * p->block_mask.b + tile->h * p->block_mask.h + row / p->block_size * p->block_mask.m;
+    r.blocks =
+        (const char *)p->block_mask.data + tile->b * p->block_mask.b + tile->h * p->block_mask.h + row / p->block_size * p->block_mask.m;
   return r;
 }
 

@@ -43,23 +43,24 @@ FA_INLINE void bar_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1
 
 /* ---- TMA: boxes of a tensor of rank 4 between global and shared memory ---- */
 
-typedef struct __align__(64) {
-  unsigned char opaque[128]; /* as cuTensorMapEncodeTiled wrote it */
+typedef struct {
+  __align__(64) unsigned char opaque[128]; /* as cuTensorMapEncodeTiled wrote it */
 } fa_tma_map;
 
 FA_INLINE void prefetch_tensormap(const fa_tma_map *map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
 /* The barrier receives the bytes of the whole box, also where the box leaves the tensor: that part arrives as zeros. */
 FA_INLINE void cp_async_bulk_tensor_load(uint32_t dst_smem, const fa_tma_map *map, uint32_t bar_smem, int c0, int c1, int c2, int c3) {
-  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst_smem),
-               "l"(map), "r"(bar_smem), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst_smem),
+      "l"(map), "r"(bar_smem), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
 }
 
 /* Nothing is written outside the tensor. */
 FA_INLINE void cp_async_bulk_tensor_store(const fa_tma_map *map, uint32_t src_smem, int c0, int c1, int c2, int c3) {
-  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map), "r"(src_smem), "r"(c0), "r"(c1),
-               "r"(c2), "r"(c3)
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map), "r"(src_smem), "r"(c0),
+               "r"(c1), "r"(c2), "r"(c3)
                : "memory");
 }
 
@@ -74,14 +75,11 @@ FA_INLINE void fence_proxy_async_shared() { asm volatile("fence.proxy.async.shar
 
 /* Four 8x8 matrices of 16-bit elements, the inverse of ldmatrix_x4. */
 FA_INLINE void stmatrix_x4(uint32_t row_smem, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_smem), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory");
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_smem), "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+               : "memory");
 }
 
-FA_INLINE int4 ld_shared_v4(uint32_t src_smem) {
-  int4 r;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(src_smem) : "memory");
-  return r;
-}
+FA_INLINE void st_shared_b16(uint32_t dst_smem, uint16_t x) { asm volatile("st.shared.b16 [%0], %1;" ::"r"(dst_smem), "h"(x) : "memory"); }
 
 /* Volatile: read anew where it is asked for, so that nothing computed from it is kept in registers through a long loop. */
 FA_INLINE int laneid() {
@@ -89,6 +87,12 @@ FA_INLINE int laneid() {
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
   return lane;
 }
+
+/* The warp's lanes in `mask` meet. */
+FA_INLINE void bar_warp_sync(uint32_t mask) { asm volatile("bar.warp.sync %0;" ::"r"(mask) : "memory"); }
+
+/* No instruction: the compiler forgets where a pointer came from, and computes nothing from it ahead of this point. */
+#define forget_origin(pointer) asm volatile("" : "+l"(pointer))
 
 /* ---- registers between warpgroups; every warp of the warpgroup takes part ---- */
 
@@ -133,20 +137,24 @@ FA_INLINE void wgmma_hold(float *d, int count) {
 #define DEFINE_WGMMA_SS(name, n, transpose_a, transpose_b) WGMMA_SHAPE(n)(WGMMA_SS, name, transpose_a, transpose_b)
 #define DEFINE_WGMMA_RS(name, n, transpose_b) WGMMA_SHAPE(n)(WGMMA_RS, name, transpose_b)
 
-#define WGMMA_SS(n, names, registers, i0, i1, i2, i3, i4, i5, name, transpose_a, transpose_b)                                              \
-  FA_INLINE void name(float *d, uint64_t a, uint64_t b, int accumulate) {                                                                  \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i2 ", 0;\n"                                                                         \
-                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." WGMMA_TYPE " {" names "}, %" #i0 ", %" #i1 ", p, 1, 1, " #transpose_a ", " #transpose_b ";\n}" \
-                 : registers(d)                                                                                                            \
-                 : "l"(a), "l"(b), "r"(accumulate));                                                                                       \
+#define WGMMA_SS(n, names, registers, i0, i1, i2, i3, i4, i5, name, transpose_a, transpose_b)                                            \
+  FA_INLINE void name(float *d, uint64_t a, uint64_t b, int accumulate) {                                                                \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i2                                                                                \
+                 ", 0;\n"                                                                                                                \
+                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." WGMMA_TYPE " {" names "}, %" #i0 ", %" #i1 ", p, 1, 1, " #transpose_a \
+                 ", " #transpose_b ";\n}"                                                                                                \
+                 : registers(d)                                                                                                          \
+                 : "l"(a), "l"(b), "r"(accumulate));                                                                                     \
   }
 
-#define WGMMA_RS(n, names, registers, i0, i1, i2, i3, i4, i5, name, transpose_b)                                                            \
-  FA_INLINE void name(float *d, const uint32_t *a, uint64_t b, int accumulate) {                                                           \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i5 ", 0;\n"                                                                         \
-                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." WGMMA_TYPE " {" names "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4 ", p, 1, 1, " #transpose_b ";\n}" \
-                 : registers(d)                                                                                                            \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                                                   \
+#define WGMMA_RS(n, names, registers, i0, i1, i2, i3, i4, i5, name, transpose_b)                                                   \
+  FA_INLINE void name(float *d, const uint32_t *a, uint64_t b, int accumulate) {                                                   \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i5                                                                          \
+                 ", 0;\n"                                                                                                          \
+                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." WGMMA_TYPE " {" names "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 \
+                 "}, %" #i4 ", p, 1, 1, " #transpose_b ";\n}"                                                                      \
+                 : registers(d)                                                                                                    \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                                           \
   }
 
 /* The table: N, the names and registers of N / 2 accumulators, and the numbers of the operands that follow them. */

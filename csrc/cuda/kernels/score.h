@@ -85,7 +85,8 @@ FA_INLINE void fa_add_bias_row(float s[][4], int count, int r, const fa_arg_prob
   }
 }
 
-FA_INLINE void fa_mask_row(float s[][4], int count, int r, const fa_arg_problem *p, const fa_score_head *head, int row, int column, int inside) {
+FA_INLINE void fa_mask_row(float s[][4], int count, int r, const fa_arg_problem *p, const fa_score_head *head, int row, int column,
+                           int inside) {
   const char *at = head->mask + row * p->mask.m + column * p->mask.n;
 #pragma unroll
   for (int n = 0; n < count; n++) {

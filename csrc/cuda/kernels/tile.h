@@ -87,8 +87,11 @@ FA_INLINE int fa_slack_tile(const fa_arg_problem *p, int index, int rows, fa_til
 FA_INLINE int fa_find_query_tile(const fa_arg_problem *p, int tiles, int splits, int rows, fa_tile *tile) {
   unsigned left = blockIdx.x / (unsigned)tiles;
   int index = (int)(blockIdx.x % (unsigned)tiles), count = tiles;
-  tile->split = (int)(left % (unsigned)splits);
-  left /= (unsigned)splits;
+  tile->split = 0;
+  if (splits > 1) {
+    tile->split = (int)(left % (unsigned)splits);
+    left /= (unsigned)splits;
+  }
   tile->h = (int)(left % (unsigned)p->heads_q);
   tile->b = (int)(left / (unsigned)p->heads_q);
   if (p->packed && !fa_find_sequence(p->cu_q, p->batch, rows, index, &tile->b, &index, &count)) return fa_slack_tile(p, index, rows, tile);
@@ -210,11 +213,11 @@ FA_INLINE void fa_load_tile(uint32_t tile_smem, const char *row0_gmem, const fa_
   uint32_t dst_smem = fa_chunk_address(tile_smem, row, chunk, row_bytes);
   int64_t stride = view->s * ELEMENT_BYTES;
   const char *row_gmem = row0_gmem + row * stride + (ALIGNED ? chunk * 16 : 0);
-#pragma unroll
+#pragma unroll(ALIGNED ? 64 : 1)
   for (int first = 0; first < rows; first += pass_rows) {
     if (rows % pass_rows == 0 || row + first < rows) {
       int inside = row + first < valid_rows;
-#pragma unroll
+#pragma unroll(ALIGNED ? 64 : 1)
       for (int c = 0; c < row_bytes / 16; c += lanes) {
         uint32_t at_smem = dst_smem + first * row_bytes + c * 16;
         int dim = (chunk + c) * CHUNK_ELEMENTS;

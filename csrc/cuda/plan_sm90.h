@@ -1,0 +1,23 @@
+/* plan_sm90.h: the Hopper forward kernel's part in the plan and in the launch. Pure but for the launch. */
+#ifndef FA_CUDA_PLAN_SM90_H
+#define FA_CUDA_PLAN_SM90_H
+
+#include "kernels/args.h"
+#include "kernels/schedule_sm90.h"
+#include "plan.h"
+
+/* Fills the plan (main, tiles, workspace) when fwd_sm90 can run the problem and is the better choice, and returns NULL. Otherwise leaves it as it
+ * is and returns why not, a sentence for explain. */
+const char *fa_plan_forward_sm90(const fa_problem *problem, const fa_device_limits *limits, fa_forward_plan *plan);
+
+/* 1 when the plan's main kernel is fwd_sm90. */
+int fa_plan_is_sm90(const fa_forward_plan *plan);
+
+/* The order of tiles for a plan that fa_plan_forward_sm90 has filled; `next` is left NULL. */
+fa_schedule fa_schedule_sm90(const fa_problem *problem, const fa_forward_plan *plan);
+
+/* Launches such a plan. `workspace` has plan->workspace_bytes. */
+fa_code fa_launch_forward_sm90(const fa_problem *problem, const fa_forward_plan *plan, fa_forward_args *arguments, char *workspace,
+                               void *stream, fa_error *error);
+
+#endif

@@ -1,0 +1,110 @@
+"""The CUDA engine's forward plan, for devices that need not be here: it is a pure function of problem and limits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+
+from cuda_host import CSRC, ROOT, compiler
+
+F32, F64, F16, BF16 = 1, 2, 3, 4
+DEVICES = {  # SMs, shared memory of a block, compute capability
+    "H200": (132, 232448, 90),
+    "A100": (108, 166912, 80),
+    "A40": (84, 101376, 86),
+    "RTX 4090": (128, 101376, 89),
+    "B200": (148, 232448, 100),
+    "RTX 5090": (170, 101376, 120),
+}
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    program = tmp_path_factory.mktemp("plan") / "plan_cuda"
+    sources = [
+        ROOT / "tests/c/plan_cuda.c",
+        CSRC / "cuda/plan.c",
+        *(CSRC / "core" / f"{n}.c" for n in ("problem", "check", "error", "options")),
+    ]
+    flags = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
+    subprocess.run([compiler(), *flags, "-o", str(program), *map(str, sources), "-lm"], check=True)
+
+    def run(gpu: str = "H200", **words: int) -> dict:
+        sm_count, smem, cc = DEVICES[gpu]
+        words = {"sm_count": sm_count, "smem": smem, "cc": cc, **words}
+        done = subprocess.run([program, *(f"{name}={value}" for name, value in words.items())], capture_output=True, text=True, check=False)
+        return json.loads(done.stdout) if done.returncode == 0 else {"error": done.stdout, "code": done.returncode}
+
+    return run
+
+
+@pytest.mark.parametrize("gpu", DEVICES)
+@pytest.mark.parametrize("dtype", [F32, F16, BF16, F64])
+def test_every_problem_has_a_kernel_within_the_shared_memory(plan, gpu: str, dtype: int) -> None:
+    for dim in (1, 8, 33, 64, 96, 128, 129, 192, 256):
+        for more in ({}, {"dim_v": 257 - dim}, {"block": 64}, {"block": 192}, {"softcap": 30}, {"dropout_percent": 10}, {"packed": 1}):
+            found = plan(gpu, dtype=dtype, dim_qk=dim, **more)
+            assert "error" not in found, found
+            assert found["engine"] == "cuda" and found["kernel"] == ("fwd_f64" if dtype == F64 else "fwd_sm80")
+            assert found["smem_bytes"] <= DEVICES[gpu][1]
+            if "block" in more and dtype != F64:
+                assert more["block"] % found["block_m"] == 0 and more["block"] % found["block_n"] == 0
+
+
+def test_shared_memory_is_what_the_tiles_take(plan) -> None:
+    for dtype, size in ((F32, 4), (BF16, 2)):
+        for dim in (32, 64, 96, 128, 160, 192, 224, 256):
+            found = plan(dtype=dtype, dim_qk=dim)
+            columns, stages = found["constants"]["DIM_V"], found["constants"]["STAGES"]
+            assert columns == (dim if size == 2 else min(dim, 128))
+            tiles = (found["block_m"] * dim + stages * found["block_n"] * (dim + columns)) * size
+            assert found["smem_bytes"] == max(tiles, found["block_m"] * (columns + 8) * 4)
+
+
+def test_constants_follow_the_problem(plan) -> None:
+    plain = plan()["constants"]
+    assert (plain["HEAD_DIM"], plain["DIM_V"], plain["DTYPE"]) == (128, 128, BF16)
+    assert (plain["ALIGNED"], plain["SCORE"], plain["DROPOUT"]) == (1, 0, 0)
+    assert plan(dim_qk=100)["constants"]["HEAD_DIM"] == 128 and plan(dim_qk=100)["constants"]["ALIGNED"] == 0
+    assert plan(dim_qk=72, dim_v=40)["constants"]["DIM_V"] == 64
+    assert plan(shift=2)["constants"]["ALIGNED"] == 0 and "element by element" in " ".join(plan(shift=2)["notes"])
+    assert plan(softcap=20)["constants"]["SCORE"] == 1
+    assert plan(dropout_percent=5)["constants"]["DROPOUT"] == 1
+    assert plan(causal=1)["constants"] == plain, "a causal mask needs no variant of its own"
+
+
+@pytest.mark.parametrize("gpu", DEVICES)
+def test_a_lone_head_is_split_until_the_gpu_is_full(plan, gpu: str) -> None:
+    found = plan(gpu, batch=1, heads_q=1, seqlen_q=128, seqlen_k=65536)
+    sms = DEVICES[gpu][0]
+    assert sms < found["ctas"] <= 2 * sms and found["splits"] == found["ctas"]
+    assert found["workspace_bytes"] >= found["splits"] * 128 * (128 + 1) * 4
+    assert any("split" in note for note in found["notes"])
+
+
+def test_no_split_where_it_would_not_help(plan) -> None:
+    for words in (
+        {},
+        {"batch": 1, "heads_q": 1, "seqlen_q": 1, "seqlen_k": 64},
+        {"packed": 1, "batch": 1, "heads_q": 1, "seqlen_q": 8},
+        {"dtype": F64},
+    ):
+        found = plan(**words)
+        assert found["splits"] == 1 and found["workspace_bytes"] == 0, words
+
+
+def test_the_grid_has_a_place_for_every_tile(plan) -> None:
+    found = plan(batch=30, heads_q=5, seqlen_q=1000)
+    assert found["ctas"] == 150 * -(-1000 // found["block_m"])
+    assert plan(batch=0)["ctas"] == 0 and plan(seqlen_q=0, seqlen_k=5)["ctas"] == 0
+    packed = plan(packed=1, batch=7, heads_q=2, seqlen_q=100, seqlen_k=100)
+    assert packed["ctas"] >= 2 * 7 * -(-100 // packed["block_m"])
+    bounded = plan(packed=2, batch=100, heads_q=2, seqlen_q=1, seqlen_k=100)
+    assert bounded["ctas"] <= 2 * (100 + 100 // bounded["block_m"] + 1)
+
+
+def test_a_grid_that_no_gpu_has_is_refused(plan) -> None:
+    found = plan(batch=1 << 20, heads_q=1 << 20, seqlen_q=1, dim_qk=1)
+    assert found["code"] == 3 and "q: batch, heads and seqlen" in found["error"]
