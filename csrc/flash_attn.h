@@ -102,7 +102,7 @@ typedef struct {
   fa_layout layout;  /* of q, k, v, out and their gradients when dense; packed ones are (total, heads, dim) */
   fa_tensor q, k, v; /* (batch, seqlen, heads, dim) or (batch, heads, seqlen, dim) or (total, heads, dim) */
   fa_tensor out;     /* like q with dim_v: written by forward, read by backward */
-  fa_tensor lse;     /* f32 (f64 with f64 inputs): (batch, heads_q, seqlen_q) or (heads_q, total_q); natural log */
+  fa_tensor lse;     /* natural log, f32 (f64 with f64): (batch, heads_q, seqlen_q) or (heads_q, total_q). A CPU forward may lack it */
   fa_tensor probs;   /* forward, optional: exp(score - row max), (batch, heads_q, up128(seqlen_q), up128(seqlen_k)) */
   fa_visibility visibility;
   fa_score score;

@@ -277,6 +277,7 @@ fa_code fa_problem_init(fa_problem *problem, const fa_request *request, fa_direc
   memset(&p, 0, sizeof p);
   axes a = axes_of(request);
   TRY(check_packed(request, error));
+  p.deterministic = request->deterministic;
   TRY(init_tensors(&p, request, a, error));
   TRY(init_lengths(&p, request, error));
   TRY(fa_init_visibility(&p, request, error));
