@@ -1,5 +1,8 @@
-"""Every shipped kernel compiles with no GPU, for every architecture, with no spill but the known ones and no serialised pipeline. `make wheel` compiles all
-of the list; here it is every kernel with every value of every constant on sm_80 and sm_90a, and every kernel once elsewhere."""
+"""Every shipped kernel compiles with no GPU, for every architecture, with no spill but the known ones and no serialised pipeline.
+
+`make wheel` compiles all of the list; here it is every kernel with every value of every constant on sm_80 and sm_90a, and every kernel
+once elsewhere.
+"""
 
 import json
 from collections import defaultdict
@@ -9,7 +12,6 @@ from flash_attn_c import _C, prebuild
 
 import list_kernels
 from cuda_host import cuda_include
-
 
 # Kernels that the list leaves out, and why.
 UNLISTED = {"fwd_sm90": "the plan does not choose it yet", "probs": "for debugging; compiled at first use"}
