@@ -48,7 +48,8 @@ def poison(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = Non
 
 
 def allocate(call: dict, how: str = "") -> dict:
-    """The call with poisoned out and lse."""
+    """The whole call with poisoned out and lse."""
+    call = complete(call)
     q = call["q"]
     statistic = torch.float64 if q.dtype == torch.float64 else torch.float32
     heads = reference.heads_axis(call)

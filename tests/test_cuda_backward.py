@@ -62,7 +62,8 @@ def test_a_warp_has_whole_fragments(plan) -> None:
                         c = launch["constants"]
                         if launch["kernel"] != "bwd_sm80":
                             continue
-                        parts = [c["BLOCK_M"] // c["S_WARPS"], c["BLOCK_N"] // (c["WARPS"] // c["S_WARPS"]), c["BLOCK_N"] // c["KV_WARPS"],
+                        columns = min(c["WARPS"] // c["S_WARPS"], c["BLOCK_N"] // 16)
+                        parts = [c["BLOCK_M"] // c["S_WARPS"], c["BLOCK_N"] // columns, c["BLOCK_N"] // c["KV_WARPS"],
                                  c["HEAD_DIM"] // (c["WARPS"] // c["KV_WARPS"]), c["BLOCK_M"] // c["DQ_WARPS"],
                                  c["HEAD_DIM"] // (c["WARPS"] // c["DQ_WARPS"]), c["DIM_V"] // (c["WARPS"] // c["KV_WARPS"])]  # fmt: skip
                         assert all(part >= 16 and part % 16 == 0 for part in parts), (device, dtype, dim, parts)

@@ -26,6 +26,7 @@ def plan(tmp_path_factory):
     sources = [
         ROOT / "tests/c/plan_cuda.c",
         CSRC / "cuda/plan.c",
+        CSRC / "cuda/plan_sm90.c",
         *(CSRC / "core" / f"{n}.c" for n in ("problem", "check", "error", "options")),
     ]
     flags = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]

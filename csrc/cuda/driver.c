@@ -270,9 +270,12 @@ fa_code fa_driver_launch(const fa_kernel *kernel, const fa_launch_shape *shape, 
 }
 
 fa_code fa_driver_memset(int device, void *pointer, unsigned char value, size_t bytes, void *stream, fa_error *error) {
-  if (!bytes) return FA_OK;
   const uint64_t address = (uint64_t)(uintptr_t)pointer;
+  const fa_device_limits *limits;
   int pushed;
+  if (!bytes) return FA_OK;
+  fa_code code = fa_driver_device(device, &limits, error);
+  if (code) return code;
   cu_result result = enter_context(device, &pushed);
   if (!result && address % 4 == 0 && bytes % 4 == 0)
     result = cu.memset32(address, value * 0x01010101u, bytes / 4, stream);

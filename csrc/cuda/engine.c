@@ -2,6 +2,7 @@
 #include "engine.h"
 
 #include "launch.h"
+#include "plan_sm90.h"
 
 static fa_forward_args arguments_of(const fa_problem *problem, const fa_forward_plan *plan, char *workspace) {
   return (fa_forward_args){
@@ -30,7 +31,8 @@ fa_code fa_cuda_forward(const fa_problem *problem, const fa_context *context, fa
 
   void *stream = context ? context->stream : NULL;
   fa_forward_args arguments = arguments_of(problem, &plan, workspace);
-  code = fa_launch(problem->device_index, &plan.main, &arguments, stream, error);
+  code = fa_plan_is_sm90(&plan) ? fa_launch_forward_sm90(problem, &plan, &arguments, workspace, stream, error)
+                                : fa_launch(problem->device_index, &plan.main, &arguments, stream, error);
   if (code == FA_OK && plan.combine.kernel) {
     arguments.tiles = plan.combine_tiles;
     code = fa_launch(problem->device_index, &plan.combine, &arguments, stream, error);

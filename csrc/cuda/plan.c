@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "../core/error.h"
+#include "plan_sm90.h"
 
 typedef struct {
   int element_bytes, dim, columns, plain, most_cc, block_m, block_n, warps, stages, ctas;
@@ -152,7 +153,12 @@ static fa_code plan_combine(const fa_problem *p, fa_forward_plan *plan, fa_error
 fa_code fa_plan_forward(const fa_problem *p, const fa_device_limits *limits, fa_forward_plan *plan, fa_error *error) {
   memset(plan, 0, sizeof *plan);
   plan->splits = 1;
-  fa_code code = p->dtype == FA_F64 ? plan_f64(p, plan, error) : plan_sm80(p, limits, plan, error);
+  fa_code code = FA_OK;
+  const char *not_sm90 = fa_plan_forward_sm90(p, limits, plan);
+  if (not_sm90) {
+    code = p->dtype == FA_F64 ? plan_f64(p, plan, error) : plan_sm80(p, limits, plan, error);
+    note(plan, not_sm90);
+  }
   if (code == FA_OK) code = plan_combine(p, plan, error);
   if (code == FA_OK && p->probs.data) {
     int64_t tiles = (p->seqlen_q + 127ll) / 128 * (128 / PLAIN_ROWS);

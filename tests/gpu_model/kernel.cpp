@@ -1,11 +1,17 @@
-/* kernel.cpp: one kernel (KERNEL_FILE, KERNEL) for the model, called with the address of its parameter. */
+/* kernel.cpp: one kernel (KERNEL_FILE, KERNEL) for the model, called with the addresses of its parameters. */
+#include <utility>
+
 #include "model.h"
+#include "model_sm90.h"
 
 #include KERNEL_FILE
 
-template <class Arguments>
-static void call(void (*kernel)(Arguments), const void *arguments) {
-  kernel(*(const Arguments *)arguments);
+template <class... A, size_t... I> static void call(void (*kernel)(A...), void *const *addresses, std::index_sequence<I...>) {
+  kernel(*(const std::remove_reference_t<A> *)addresses[I]...);
 }
 
-extern "C" void model_kernel(const void *arguments) { call(KERNEL, arguments); }
+template <class... A> static void call_all(void (*kernel)(A...), void *const *addresses) {
+  call(kernel, addresses, std::make_index_sequence<sizeof...(A)>());
+}
+
+extern "C" void model_kernel(void *const *addresses) { call_all(KERNEL, addresses); }

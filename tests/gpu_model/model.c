@@ -36,7 +36,7 @@ typedef struct {
 } model_dim;
 
 _Alignas(1024) unsigned char shared[256 << 10];
-model_dim model_block;
+model_dim model_block, model_grid;
 thread *model_current;
 
 static thread threads[MOST_THREADS];
@@ -53,6 +53,8 @@ unsigned model_block_size(void) { return (unsigned)thread_count; }
 static void yield(void) {
   if (!_setjmp(model_current->here)) _longjmp(scheduler, 1);
 }
+
+void model_yield(void) { yield(); }
 
 int model_meet_block(int value) {
   int round = block.round;
@@ -216,8 +218,9 @@ fa_code fa_driver_memset(int index, void *pointer, unsigned char value, size_t b
 }
 
 fa_code fa_driver_tensor_map(const fa_tensor_map_shape *shape, fa_tensor_map *map, fa_error *error) {
-  (void)shape, (void)map;
-  return fa_fail(error, FA_ERR_RUNTIME, "the model has no tensor maps");
+  (void)error;
+  memcpy(map, shape, sizeof *shape); /* model_sm90.h reads it */
+  return FA_OK;
 }
 
 static void *build(const char *name, const fa_variant *v, fa_error *error) {
@@ -262,8 +265,9 @@ fa_code fa_store_get(int index, const fa_variant *v, const fa_kernel **kernel, f
 fa_code fa_driver_launch(const fa_kernel *kernel, const fa_launch_shape *shape, void **arguments, fa_error *error) {
   (void)error;
   memcpy(&kernel_entry, &kernel->function, sizeof kernel_entry);
-  kernel_arguments = arguments[0];
+  kernel_arguments = arguments;
   thread_count = (int)shape->block[0];
+  model_grid = (model_dim){shape->grid[0], shape->grid[1], shape->grid[2]};
   for (model_block.z = 0; model_block.z < shape->grid[2]; model_block.z++)
     for (model_block.y = 0; model_block.y < shape->grid[1]; model_block.y++)
       for (model_block.x = 0; model_block.x < shape->grid[0]; model_block.x++) run_block();

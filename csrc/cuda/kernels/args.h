@@ -42,7 +42,7 @@ typedef struct {
   int batch, heads_q, heads_k, group; /* group = heads_q / heads_k */
   int seqlen_q, seqlen_k;             /* dense: the lengths; packed: upper bounds */
   int dim_qk, dim_v;
-  int packed, pad;
+  int packed, zero;         /* zero: 0, which the compiler does not know; see after_weights */
   int64_t total_q, total_k; /* positions that the tensors hold: packed: tokens in all; dense: batch * seqlen */
 
   fa_arg_ints cu_q, cu_k;     /* packed: (batch + 1) */

@@ -10,6 +10,7 @@
  * Constants: DTYPE, HEAD_DIM and DIM_V (padded to 32), BLOCK_N, WARPS, ALIGNED, DROPOUT.
  */
 #define REAL float
+#define STEP_UNROLL 2
 #define SCORE 1
 
 #include "gradient_mma.h"
@@ -58,7 +59,7 @@ FA_INLINE void add_tile(float sum[S_N][4], const fa_gradient_args *args, const f
   __syncthreads(); /* all warps are done with the tiles */
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) bwd_bias_sm80(const __grid_constant__ fa_gradient_args args) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) bwd_bias_sm80(const __grid_constant__ fa_gradient_args args) {
   extern __shared__ __align__(128) unsigned char shared[];
   fa_bias_work work = fa_find_bias_tile(&args, BLOCK_M, BLOCK_N);
   float sum[S_N][4];

@@ -19,6 +19,7 @@
  * Constants: DTYPE, HEAD_DIM and DIM_V (padded to 32), BLOCK_N, WARPS, STAGES, ALIGNED, SCORE, DROPOUT.
  */
 #define REAL float
+#define STEP_UNROLL 2 /* more of them side by side take registers that dQ needs */
 
 #include "gradient_mma.h"
 #include "visible.h"
@@ -51,7 +52,8 @@ FA_INLINE void load_key_side(const fa_gradient_args *args, const fa_tile *tile, 
   fa_load_tile(smem->v + stage * V_TILE_BYTES, v_gmem, &args->v, keys, args->problem.dim_v, BLOCK_N, DIM_V, THREADS);
 }
 
-/* dQ += dS K with dS in fragments. In fa_product_exact's way when `poisoned`. */
+/* dQ += dS K with dS in fragments; in fa_product_exact's way when `poisoned`. One copy of the code for both: two would take registers that
+ * dQ needs. */
 FA_INLINE void accumulate(float dq[DQ_N][4], float ds[S_N][4], uint32_t k_smem, int poisoned) {
   int lane = (int)fa_opaque(threadIdx.x % 32);
   fa_tile_operand k_tile = {k_smem, FA_BY_COLUMNS, 0, K_ROW_BYTES};
@@ -90,10 +92,7 @@ FA_INLINE void key_step(warp_state *w, const fa_gradient_args *args, const fa_gr
   if (SCORE || !full) poisoned = __any_sync(0xFFFFFFFFu, fa_has_nonfinite(s, S_N));
   fa_gradient_wish wish = {0, &w->distance_sum};
   fa_gradient_fragments(s, dp, S_N, &args->problem, head, row0 + (lane >> 2), n0, full, w->lse, w->delta, wish);
-  if (poisoned)
-    accumulate(w->dq, dp, k.smem, 1);
-  else
-    accumulate(w->dq, dp, k.smem, 0);
+  accumulate(w->dq, dp, k.smem, poisoned);
 }
 
 /* Walks over the key tiles with dQ in registers. */

@@ -53,7 +53,8 @@
 
 /* What a warp owns of S and dP, of dK and dV, of dQ; fragments of 16 rows by 8 columns. */
 #define S_ROWS (BLOCK_M / S_WARPS)
-#define S_COLUMNS (BLOCK_N / (WARPS / S_WARPS))
+#define S_COLUMN_WARPS (WARPS / S_WARPS < BLOCK_N / 16 ? WARPS / S_WARPS : BLOCK_N / 16)
+#define S_COLUMNS (BLOCK_N / S_COLUMN_WARPS)
 #define S_M (S_ROWS / 16)
 #define S_N (S_COLUMNS / 8)
 #define KV_ROWS (BLOCK_N / KV_WARPS)
@@ -156,6 +157,7 @@ FA_INLINE void load_query_side(const fa_gradient_args *args, const fa_tile *tile
 FA_INLINE int gradient_tile(const fa_gradient_args *args, const fa_gradient_head *head, const fa_tile *tile, const shared_map *smem, int m0,
                             int stage, int buffer) {
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row0 = warp % S_WARPS * S_ROWS, column0 = warp / S_WARPS * S_COLUMNS;
+  if (warp >= S_WARPS * S_COLUMN_WARPS) return 0; /* small tiles have fewer parts than there are warps */
   float s[S_M * S_N][4], dp[S_M * S_N][4], lse[S_M][2], delta[S_M][2];
 #pragma unroll
   for (int i = 0; i < S_M * S_N; i++)

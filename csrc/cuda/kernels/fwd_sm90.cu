@@ -440,7 +440,7 @@ FA_INLINE void step(const fa_arg_problem *args, const work *t, const place *me, 
   release_k(me, ring);
   weigh_scores(s, args, t, me, row0, n * BLOCK_N, masked, max, sum, rescale);
   if (OVERLAP) {
-    after_weights(sum, args->pad);
+    after_weights(sum, args->zero);
     wgmma_wait_group(0);
     wgmma_hold(&o[0][0], 4 * O_FRAGS);
     release_v(me, ring - 1);

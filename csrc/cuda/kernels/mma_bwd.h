@@ -15,6 +15,10 @@
 
 enum { FA_BY_ROWS = 0, FA_BY_COLUMNS = 1 };
 
+#ifndef STEP_UNROLL
+#define STEP_UNROLL 64 /* steps of a contraction side by side: all */
+#endif
+
 /* A tile in shared memory as an operand, from row (or column) `at` on. */
 typedef struct {
   uint32_t smem;
@@ -55,7 +59,7 @@ FA_INLINE void fa_load_operand_b(fa_operand_b b[2], fa_tile_operand t, int lane,
 /* acc[m * n_count + n] += A B for m_count fragments of 16 rows and n_count of 8 columns; k is the length of the contraction. */
 FA_INLINE void fa_product(float acc[][4], int m_count, int n_count, int k, fa_tile_operand a_tile, fa_tile_operand b_tile) {
   int lane = (int)fa_opaque(threadIdx.x % 32);
-#pragma unroll
+#pragma unroll STEP_UNROLL
   for (int step = 0; step < k / FA_STEP_ROWS; step++) {
     fa_operand_a a[4];
 #pragma unroll

@@ -7,6 +7,7 @@
 #ifndef FA_SOFTMAX_H
 #define FA_SOFTMAX_H
 
+#include "args.h"
 #include "ptx.h"
 
 #define LOG2E 1.4426950408889634f
@@ -58,7 +59,11 @@ FA_INLINE void fa_weigh(float s[][4], int count, float to_log2, const float max[
   }
 }
 
-/* Natural log of the sum of exp(score), -inf for a row that saw nothing. */
-FA_INLINE float fa_log_sum_exp(float max, float sum) { return sum == 0.0f ? MINUS_INFINITY : (max + __log2f(sum)) * LN2; }
+/* Natural log of the sum of exp(score), -inf for a row that saw nothing. The backward gets its weights from it, so in fp32 it is rounded once. */
+FA_INLINE float fa_log_sum_exp(float max, float sum) {
+  if (sum == 0.0f) return MINUS_INFINITY;
+  if (DTYPE == FA_ARG_F32) return (float)(((double)max + log2((double)sum)) * 0.6931471805599453);
+  return (max + __log2f(sum)) * LN2;
+}
 
 #endif
