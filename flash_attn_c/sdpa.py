@@ -47,19 +47,25 @@ def scaled_dot_product_attention(
     # At probability 1 everything is dropped, which is out of range for the kernels: they scale by 1 / (1 - p).
     drop_all = dropout_p == 1.0
     options = (causal, None, scale, 0.0, 0.0 if drop_all else dropout_p, 0, None, None, "bhsd", False)
-    out = autograd.attention(query, key, value, tensors, options, False)
+    try:
+        out = autograd.attention(query, key, value, tensors, options, False)
+    except (TypeError, ValueError):
+        _check_tensors(query, key, value)  # the same refusal by the names that the caller knows
+        raise
     if drop_all:
         out = out * 0.0
     return out if leading is None or len(leading) == 2 else out.reshape(*leading, *out.shape[-2:])
 
 
 def _is_plain(query: Any, key: Any, value: Any) -> bool:
-    """4 dimensions each, of which nothing broadcasts: what needs no second look before the C entry checks it."""
-    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+    """4 dimensions each, of which nothing broadcasts: what needs no second look before C checks it."""
+    try:
+        q, k, v = query.shape, key.shape, value.shape
+    except AttributeError:
         return False
-    q, k, v = query.shape, key.shape, value.shape
-    same = len(q) == 4 and q[:2] == k[:2] and k[:3] == v[:3] and q[3] == k[3]
-    return same and query.dtype is key.dtype and key.dtype is value.dtype and query.device == key.device == value.device
+    if len(q) != 4:
+        return False
+    return q == k == v or (q[:2] == k[:2] and k[:3] == v[:3] and q[3] == k[3])
 
 
 def _check_tensors(query: Any, key: Any, value: Any) -> None:
