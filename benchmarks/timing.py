@@ -70,17 +70,18 @@ def seconds_cuda(call: Callable[[], object], repeats: int) -> float:
 def interleaved_medians(candidates: Candidates, device: str, rounds: int = 5, at_least: float = 0.05) -> dict[str, float]:
     """Seconds a call of each candidate: every round times each of them once, for `at_least` seconds, so that drift hits all alike.
 
-    One call of a candidate that takes seconds is enough: what its first call costs besides does not show.
+    The first call does not count: it compiles, allocates, starts threads. Of a candidate that takes seconds, the second is enough.
     """
     clock = seconds_cuda if device == "cuda" else seconds_cpu
     samples: dict[str, list[float]] = {}
     repeats = {}
     for name, call in candidates.items():
-        first = clock(call, 1)  # compiles, allocates, starts threads
-        if first > SLOW_SECONDS:
-            samples[name] = [first]
+        call()
+        second = clock(call, 1)
+        if second > SLOW_SECONDS:
+            samples[name] = [second]
         else:
-            samples[name], repeats[name] = [], max(1, round(at_least / max(clock(call, 1), 1e-7)))
+            samples[name], repeats[name] = [], max(1, round(at_least / max(second, 1e-7)))
     for _ in range(rounds):
         for name, times in repeats.items():
             samples[name].append(clock(candidates[name], times))
