@@ -1,15 +1,15 @@
 """The CUDA engine on a model of a GPU: its host code and the kernels' own source, run on the CPU (tests/gpu_model). `forward` and
-`backward` take the same calls as tests/binding.py. Tests import this; it holds none."""
+`backward` take the same calls as tests/binding.py. Tests import this; it holds none.
+
+What is compiled stays in build/gpu_model, in a folder named by a digest of all that goes into it."""
 
 from __future__ import annotations
 
-import atexit
 import ctypes as c
+import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ from cuda_host import CSRC, ROOT, compiler
 
 DTYPES = {torch.float32: 1, torch.float64: 2, torch.float16: 3, torch.bfloat16: 4, torch.int32: 5, torch.int64: 6, torch.bool: 7}
 UNBOUNDED = -(2**63)
-FOLDER = Path(tempfile.mkdtemp(prefix="gpu_model_"))
-atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
+CACHE = ROOT / "build/gpu_model"
 
 
 class Tensor_(c.Structure):
@@ -94,14 +93,32 @@ def request(call: dict) -> Request:
     return r
 
 
+def digest() -> str:
+    """Of the sources that a kernel or the library is made from; a variant's name tells its constants."""
+    folders = (CSRC / "core", CSRC / "cuda", ROOT / "tests/gpu_model")
+    files = sorted(path for folder in folders for path in folder.rglob("*.*") if path.is_file())
+    whole = hashlib.sha256(subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout)
+    for path in files:
+        whole.update(path.name.encode() + b"\0" + path.read_bytes())
+    return whole.hexdigest()[:16]
+
+
 def build() -> c.CDLL:
-    os.environ["MODEL_FOLDER"], os.environ["MODEL_SOURCES"] = str(FOLDER), str(ROOT)
-    library = FOLDER / "libmodel.so"
-    skipped = {"driver.c", "describe.c"}
-    sources = [f for f in sorted((CSRC / "cuda").glob("*.c")) if f.name not in skipped]
-    sources += [f for f in sorted((CSRC / "core").glob("*.c")) if f.name != "dispatch.c"]
-    flags = ["-std=gnu11", "-O2", "-w", "-shared", "-fPIC", f"-I{CSRC}", "-o", str(library)]
-    subprocess.run([compiler(), *flags, *map(str, sources), str(ROOT / "tests/gpu_model/model.c"), "-lm", "-ldl"], check=True)
+    folder = CACHE / digest()
+    for old in CACHE.glob("*"):
+        if old != folder:
+            shutil.rmtree(old, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["MODEL_FOLDER"], os.environ["MODEL_SOURCES"] = str(folder), str(ROOT)
+    library = folder / "libmodel.so"
+    if not library.exists():
+        skipped = {"driver.c", "describe.c"}
+        sources = [f for f in sorted((CSRC / "cuda").glob("*.c")) if f.name not in skipped]
+        sources += [f for f in sorted((CSRC / "core").glob("*.c")) if f.name != "dispatch.c"]
+        made = library.with_suffix(f".{os.getpid()}")
+        flags = ["-std=gnu11", "-O2", "-w", "-shared", "-fPIC", f"-I{CSRC}", "-o", str(made)]
+        subprocess.run([compiler(), *flags, *map(str, sources), str(ROOT / "tests/gpu_model/model.c"), "-lm", "-ldl"], check=True)
+        made.rename(library)
     return c.CDLL(str(library), mode=c.RTLD_GLOBAL)
 
 

@@ -101,8 +101,8 @@ def test_poisoned_last_key_reaches_only_its_row(device: str) -> None:
             clean, _ = attention(q, k, v, causal=True, return_lse=True)
             v[:, -1], k[:, -1] = value, value
             out, lse = attention(q, k, v, causal=True, return_lse=True)
-            tolerance = {"rtol": 0, "atol": 0} if device == "cpu" else {}
-            torch.testing.assert_close(out[:, :-1], clean[:, :-1], **tolerance)
+            tolerance = 0 if device == "cpu" else 1e-2 if dtype.itemsize == 2 else 1e-5
+            torch.testing.assert_close(out[:, :-1], clean[:, :-1], rtol=tolerance, atol=tolerance)
             assert not out[:, -1].isfinite().any()
             assert lse[:, :, :-1].isfinite().all()
 

@@ -23,7 +23,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
     program = tmp_path_factory.mktemp("plan") / "plan_cuda_bwd"
-    sources = [CSRC / "cuda/plan.c", CSRC / "cuda/plan_bwd.c", *sorted((CSRC / "core").glob("[ceop]*.c"))]
+    sources = [CSRC / "cuda/plan.c", CSRC / "cuda/plan_bwd.c", CSRC / "cuda/plan_sm90.c", *sorted((CSRC / "core").glob("[ceop]*.c"))]
     flags = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
     command = [compiler(), *flags, "-o", str(program), str(ROOT / "tests/c/plan_cuda_bwd.c"), *map(str, sources), "-lm"]
     subprocess.run(command, check=True)

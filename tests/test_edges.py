@@ -127,10 +127,11 @@ def inverse(order: tuple[int, ...]) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_views_equal_their_copies_bitwise(device: str, dtype: torch.dtype) -> None:
-    """In 16 bits a GPU may have a faster kernel for one of the two, equal within rounding."""
+    """On a GPU one of the two may run on a faster kernel or on larger tiles: then equal within rounding."""
     case = Case("views", dtype=str(dtype).split(".")[1], heads_q=4, heads_k=2, dim_qk=40, dim_v=24, causal=True, deterministic=True)
     call = build(case, device)
-    tolerance = {} if device == "cuda" and dtype.itemsize == 2 else {"rtol": 0, "atol": 0}
+    rounding = 1e-2 if dtype.itemsize == 2 else 1e-5
+    tolerance = dict.fromkeys(("rtol", "atol"), 0 if device == "cpu" else rounding)
     out, lse = binding.forward(call)
     found = binding.backward(call, out, lse)
     kinds = list(views(call["q"]))

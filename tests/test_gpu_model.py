@@ -6,35 +6,58 @@ from __future__ import annotations
 import pytest
 import torch
 
+import binding
 import gpu_model
 import reference
 from cases import Case, build
 
 pytestmark = pytest.mark.skipif(not gpu_model.available, reason="no C++ compiler to build the kernels with")
 
-H200, RTX_5090 = (9, 0, 132, 232448), (12, 0, 170, 101376)
+# Compute capability, SMs, shared memory of a block. The forward plan takes Hopper's own kernel on 9.0 alone.
+A100, H200, RTX_5090 = (8, 0, 108, 166912), (9, 0, 132, 232448), (12, 0, 170, 101376)
 SHAPE = {"batch": 1, "seqlen_q": 75, "seqlen_k": 140}
 PACKED = {"lengths": ((17, 40), (0, 13), (70, 129), (31, 0)), "causal": True}
 SHAPES = {"heads_q": 4, "dim_qk": 40, "dim_v": 24, "seqused": "qk", "strided": "rows"}
 PAIRS = {"causal": True, "window": (90, None), "mask": "bn", "block": 64}
 SCORES = {"softcap": 3.0, "scale": 0.3, "bias": "hmn", "alibi": "bh", "sinks": True, "dropout": 0.1}
 EVERYTHING = {**SHAPES, **PAIRS, **SCORES}
-CASES = [
-    *(Case("causal", dtype=dtype, causal=True, **SHAPE) for dtype in ("float32", "float16", "bfloat16", "float64")),
-    *(Case("everything", dtype=dtype, **SHAPE, **EVERYTHING) for dtype in ("float32", "bfloat16", "float64")),
-    Case("packed", dtype="bfloat16", **PACKED),
-    Case("dropout", dtype="float16", dropout=0.3, **SHAPE),
-    Case("one_row", dtype="bfloat16", batch=1, heads_q=1, heads_k=1, seqlen_q=1, seqlen_k=900, sinks=True),  # splits and combines
-    Case("dim256", dtype="float32", dim_qk=200, dim_v=256, **SHAPE),
-    Case("dim256", dtype="bfloat16", dim_qk=256, causal=True, **SHAPE),
+FORWARD = [
+    *((A100, Case("causal", dtype=dtype, causal=True, **SHAPE)) for dtype in ("float32", "float16", "bfloat16", "float64")),
+    *((A100, Case("everything", dtype=dtype, **SHAPE, **EVERYTHING)) for dtype in ("float32", "bfloat16", "float64")),
+    (A100, Case("packed", dtype="bfloat16", **PACKED)),
+    (A100, Case("dropout", dtype="float16", dropout=0.3, **SHAPE)),
+    (A100, Case("one_row", dtype="bfloat16", batch=1, heads_q=1, heads_k=1, seqlen_q=1, seqlen_k=900, sinks=True)),  # splits and combines
+    (A100, Case("dim256", dtype="float32", dim_qk=200, dim_v=256, **SHAPE)),
+    (A100, Case("dim256", dtype="bfloat16", dim_qk=256, causal=True, **SHAPE)),
+    (RTX_5090, Case("causal", dtype="bfloat16", causal=True, **SHAPE)),
+    (RTX_5090, Case("dim256", dtype="bfloat16", dim_qk=256, causal=True, **SHAPE)),
+    (H200, Case("causal", dtype="bfloat16", dim_qk=64, causal=True, **SHAPE)),
+    (H200, Case("packed", dtype="float16", dim_qk=64, **PACKED)),
+    (H200, Case("softcap_gqa", dtype="bfloat16", dim_qk=128, heads_q=4, softcap=3.0, sinks=True, **SHAPE)),
+]
+BACKWARD = [
+    (H200, Case("causal", dtype="float16", dim_qk=64, causal=True, **SHAPE)),
+    (H200, Case("causal", dtype="bfloat16", dim_qk=128, causal=True, heads_q=4, **SHAPE)),  # three stages
+    (A100, Case("causal", dtype="bfloat16", dim_qk=96, causal=True, deterministic=True, **SHAPE)),
+    (A100, Case("everything", dtype="bfloat16", **SHAPE, **EVERYTHING)),
+    (A100, Case("packed", dtype="bfloat16", dim_qk=64, **PACKED)),
+    (RTX_5090, Case("dim256", dtype="bfloat16", dim_qk=256, causal=True, **SHAPE)),
+    (RTX_5090, Case("everything", dtype="float64", **SHAPE, **EVERYTHING)),
+    (A100, Case("everything", dtype="float32", **SHAPE, **EVERYTHING)),
+    # Tensor cores round sums toward zero: long ones in float32, and those of a slope, drift with it.
+    (A100, Case("long_sums", dtype="float32", seqlen_q=300, seqlen_k=1)),
+    (A100, Case("alibi", dtype="float32", alibi="h")),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("gpu", [H200, RTX_5090], ids=["sm_90", "sm_120"])
-def test_forward(case: Case, gpu: tuple[int, int, int, int]) -> None:
+def name_of(value: object) -> str:
+    return f"sm_{value[0]}{value[1]}" if isinstance(value, tuple) else str(value)
+
+
+@pytest.mark.parametrize("gpu, case", FORWARD, ids=name_of)
+def test_forward(gpu: tuple[int, int, int, int], case: Case) -> None:
     call, dtype = build(case), getattr(torch, case.dtype)
-    gpu_model.set_device(8, *gpu[1:]) if gpu == H200 else gpu_model.set_device(*gpu)  # the family for every GPU, not Hopper's own
+    gpu_model.set_device(*gpu)
     out, lse = gpu_model.forward(call, case.strided)
     ref, ref_lse = reference.attention(call)
     pt, _ = reference.attention(call, dtype)
@@ -42,13 +65,48 @@ def test_forward(case: Case, gpu: tuple[int, int, int, int]) -> None:
     assert reference.worst_error(lse, ref_lse) <= 1e-5 * max(1.0, float(ref_lse[ref_lse.isfinite()].abs().max()))
 
 
+@pytest.mark.parametrize("gpu, case", BACKWARD, ids=name_of)
+def test_backward(gpu: tuple[int, int, int, int], case: Case) -> None:
+    call, dtype = build(case), getattr(torch, case.dtype)
+    gpu_model.set_device(*gpu)
+    out, lse, ref = reference.attention_with_gradients(call, call["dout"], call["dlse"])
+    _, _, pt = reference.attention_with_gradients(call, call["dout"], call["dlse"], dtype)
+    made = binding.allocate(call)
+    made["out"].copy_(out.to(dtype))
+    made["lse"].copy_(lse.to(made["lse"].dtype))
+    for name, x in gpu_model.backward(call, made["out"], made["lse"], case.strided).items():
+        assert reference.worst_error(x, ref[name]) <= reference.allowance(f"d{name}", pt[name], ref[name], dtype), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_infinite_values_reach_the_rows_that_see_them(dtype: torch.dtype) -> None:
     rows = 70
     q, k, v = (torch.randn(1, rows, 1, 32).to(dtype) for _ in range(3))
+    gpu_model.set_device(*A100)
     v[0, rows - 6, 0, 3], v[0, rows - 10, 0, 7], v[0, rows - 21, 0, 11] = float("inf"), float("-inf"), float("nan")
     out, _ = gpu_model.forward({"q": q, "k": k, "v": v, "causal": True})
     out = out[0, :, 0]
     assert (out[-6:, 3] == float("inf")).all() and (out[-10:, 7] == float("-inf")).all() and out[-21:, 11].isnan().all()
     assert out[:-6, 3].isfinite().all() and out[:-10, 7].isfinite().all() and out[:-21, 11].isfinite().all()
     assert out[:, 12:].isfinite().all()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_a_row_does_not_see_does_not_reach_its_gradients(value: float, deterministic: bool) -> None:
+    gpu_model.set_device(*A100)
+    call = {name: torch.randn(1, 150, 1, 64).to(torch.bfloat16) for name in ("q", "k", "v", "dout")}
+    call = binding.complete({**call, "causal": True, "deterministic": deterministic})
+    out, lse = gpu_model.forward(call)
+    clean = gpu_model.backward(call, out, lse)
+
+    dout = call["dout"].clone()
+    dout[0, 70, 0, 5] = value
+    spoiled = gpu_model.backward({**call, "dout": dout}, out, lse)
+    assert not spoiled["q"][:, 70].isfinite().any() and torch.equal(spoiled["q"][:, :70], clean["q"][:, :70])
+    assert not spoiled["v"][:, :71, :, 5].isfinite().any() and spoiled["v"][:, :, :, :5].isfinite().all()
+    assert torch.equal(spoiled["v"][:, 71:], clean["v"][:, 71:]) and torch.equal(spoiled["k"][:, 71:], clean["k"][:, 71:])
+
+    call["k"][:, 100:], call["v"][:, 100:] = value, value
+    spoiled = gpu_model.backward(call, *gpu_model.forward(call))
+    assert torch.equal(spoiled["q"][:, :100], clean["q"][:, :100]) and not spoiled["q"][:, 100:].isfinite().any()

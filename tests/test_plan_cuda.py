@@ -10,6 +10,7 @@ import pytest
 from cuda_host import CSRC, ROOT, compiler
 
 F32, F64, F16, BF16 = 1, 2, 3, 4
+PORTABLE = {"cc": 80}  # on any device: the kernels for every GPU
 DEVICES = {  # SMs, shared memory of a block, compute capability
     "H200": (132, 232448, 90),
     "A100": (108, 166912, 80),
@@ -48,7 +49,11 @@ def test_every_problem_has_a_kernel_within_the_shared_memory(plan, gpu: str, dty
         for more in ({}, {"dim_v": 257 - dim}, {"block": 64}, {"block": 192}, {"softcap": 30}, {"dropout_percent": 10}, {"packed": 1}):
             found = plan(gpu, dtype=dtype, dim_qk=dim, **more)
             assert "error" not in found, found
-            assert found["engine"] == "cuda" and found["kernel"] == ("fwd_f64" if dtype == F64 else "fwd_sm80")
+            hopper = gpu == "H200" and dtype in (F16, BF16) and dim % 8 == more.get("dim_v", 0) % 8 == 0
+            hopper = hopper and not {"block", "dropout_percent"} & more.keys()
+            family = "fwd_f64" if dtype == F64 else "fwd_sm90" if hopper else "fwd_sm80"
+            assert found["engine"] == "cuda" and found["kernel"] == family, more
+            assert hopper != any(note.startswith("fwd_sm90: ") for note in found["notes"]), "why the faster kernel does not run"
             assert found["smem_bytes"] <= DEVICES[gpu][1]
             if "block" in more and dtype != F64:
                 assert more["block"] % found["block_m"] == 0 and more["block"] % found["block_n"] == 0
@@ -57,7 +62,7 @@ def test_every_problem_has_a_kernel_within_the_shared_memory(plan, gpu: str, dty
 def test_shared_memory_is_what_the_tiles_take(plan) -> None:
     for dtype, size in ((F32, 4), (BF16, 2)):
         for dim in (32, 64, 96, 128, 160, 192, 224, 256):
-            found = plan(dtype=dtype, dim_qk=dim)
+            found = plan(dtype=dtype, dim_qk=dim, **PORTABLE)
             columns, stages = found["constants"]["DIM_V"], found["constants"]["STAGES"]
             assert columns == (dim if size == 2 else min(dim, 128))
             tiles = (found["block_m"] * dim + stages * found["block_n"] * (dim + columns)) * size
@@ -65,15 +70,36 @@ def test_shared_memory_is_what_the_tiles_take(plan) -> None:
 
 
 def test_constants_follow_the_problem(plan) -> None:
-    plain = plan()["constants"]
+    def constants(**words: int) -> dict:
+        return plan(**PORTABLE, **words)["constants"]
+
+    plain = constants()
     assert (plain["HEAD_DIM"], plain["DIM_V"], plain["DTYPE"]) == (128, 128, BF16)
     assert (plain["ALIGNED"], plain["SCORE"], plain["DROPOUT"]) == (1, 0, 0)
-    assert plan(dim_qk=100)["constants"]["HEAD_DIM"] == 128 and plan(dim_qk=100)["constants"]["ALIGNED"] == 0
-    assert plan(dim_qk=72, dim_v=40)["constants"]["DIM_V"] == 64
-    assert plan(shift=2)["constants"]["ALIGNED"] == 0 and "element by element" in " ".join(plan(shift=2)["notes"])
-    assert plan(softcap=20)["constants"]["SCORE"] == 1
-    assert plan(dropout_percent=5)["constants"]["DROPOUT"] == 1
-    assert plan(causal=1)["constants"] == plain, "a causal mask needs no variant of its own"
+    assert constants(dim_qk=100)["HEAD_DIM"] == 128 and constants(dim_qk=100)["ALIGNED"] == 0
+    assert constants(dim_qk=72, dim_v=40)["DIM_V"] == 64
+    assert constants(shift=2)["ALIGNED"] == 0 and "element by element" in " ".join(plan(shift=2)["notes"])
+    assert constants(softcap=20)["SCORE"] == 1
+    assert constants(dropout_percent=5)["DROPOUT"] == 1
+    assert constants(causal=1) == plain, "a causal mask needs no variant of its own"
+
+
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        ({"cc": 80}, "compute capability"),
+        ({"smem": 99 * 1024}, "shared memory"),
+        ({"dtype": F32}, "float16"),
+        ({"dropout_percent": 5}, "dropout_p"),
+        ({"block": 128}, "block_mask"),
+        ({"shift": 2}, "aligned"),
+        ({"batch": 1, "heads_q": 1, "seqlen_q": 128, "seqlen_k": 65536}, "split"),
+    ],
+)
+def test_the_hopper_kernel_runs_unless_there_is_a_reason(plan, words: dict, reason: str) -> None:
+    assert plan()["kernel"] == "fwd_sm90" and not plan()["notes"]
+    found = plan(**words)
+    assert found["kernel"] == "fwd_sm80" and any(note.startswith("fwd_sm90: ") and reason in note for note in found["notes"])
 
 
 @pytest.mark.parametrize("gpu", DEVICES)
@@ -92,17 +118,17 @@ def test_no_split_where_it_would_not_help(plan) -> None:
         {"packed": 1, "batch": 1, "heads_q": 1, "seqlen_q": 8},
         {"dtype": F64},
     ):
-        found = plan(**words)
+        found = plan(**PORTABLE, **words)
         assert found["splits"] == 1 and found["workspace_bytes"] == 0, words
 
 
 def test_the_grid_has_a_place_for_every_tile(plan) -> None:
-    found = plan(batch=30, heads_q=5, seqlen_q=1000)
+    found = plan(batch=30, heads_q=5, seqlen_q=1000, **PORTABLE)
     assert found["ctas"] == 150 * -(-1000 // found["block_m"])
     assert plan(batch=0)["ctas"] == 0 and plan(seqlen_q=0, seqlen_k=5)["ctas"] == 0
-    packed = plan(packed=1, batch=7, heads_q=2, seqlen_q=100, seqlen_k=100)
+    packed = plan(packed=1, batch=7, heads_q=2, seqlen_q=100, seqlen_k=100, **PORTABLE)
     assert packed["ctas"] >= 2 * 7 * -(-100 // packed["block_m"])
-    bounded = plan(packed=2, batch=100, heads_q=2, seqlen_q=1, seqlen_k=100)
+    bounded = plan(packed=2, batch=100, heads_q=2, seqlen_q=1, seqlen_k=100, **PORTABLE)
     assert bounded["ctas"] <= 2 * (100 + 100 // bounded["block_m"] + 1)
 
 

@@ -3,65 +3,16 @@
  *     plan_cuda NAME=NUMBER ...
  */
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 
 #include "cuda/plan.h"
-
-static int count;
-static char **words;
-
-static long long number(const char *name, long long otherwise) {
-  size_t length = strlen(name);
-  for (int i = 1; i < count; i++)
-    if (!strncmp(words[i], name, length) && words[i][length] == '=') return atoll(words[i] + length + 1);
-  return otherwise;
-}
-
-/* Addresses that nobody reads. */
-static fa_tensor tensor(fa_dtype dtype, int ndim, int64_t a, int64_t b, int64_t c, int64_t d) {
-  static uintptr_t next = (uintptr_t)1 << 40;
-  fa_tensor t = {.dtype = dtype, .device = FA_CUDA, .ndim = ndim, .shape = {a, b, c, d}};
-  int64_t stride = 1;
-  for (int i = ndim - 1; i >= 0; i--) t.stride[i] = stride, stride *= t.shape[i];
-  t.data = (void *)next;
-  next += (uintptr_t)1 << 32;
-  return t;
-}
-
-static fa_tensor rows(fa_dtype dtype, int packed, int64_t batch, int64_t seqlen, int64_t heads, int64_t dim) {
-  fa_tensor t = packed ? tensor(dtype, 3, batch * seqlen, heads, dim, 1) : tensor(dtype, 4, batch, seqlen, heads, dim);
-  t.data = (char *)t.data + number("shift", 0);
-  return t;
-}
+#include "plan_options.h"
 
 int main(int argc, char **argv) {
   count = argc;
   words = argv;
-  fa_dtype dtype = (fa_dtype)number("dtype", FA_BF16);
-  int packed = (int)number("packed", 0);
-  int64_t batch = number("batch", 2), heads_q = number("heads_q", 16), heads_k = number("heads_k", heads_q),
-          seqlen_q = number("seqlen_q", 1024);
-  int64_t seqlen_k = number("seqlen_k", seqlen_q), dim_qk = number("dim_qk", 128), dim_v = number("dim_v", dim_qk),
-          block = number("block", 0);
-  fa_request r = {.visibility.causal = (fa_causal)number("causal", 0)};
-  r.q = rows(dtype, packed, batch, seqlen_q, heads_q, dim_qk);
-  r.k = rows(dtype, packed, batch, seqlen_k, heads_k, dim_qk);
-  r.v = rows(dtype, packed, batch, seqlen_k, heads_k, dim_v);
-  if (packed) r.lengths.cu_seqlens_q = r.lengths.cu_seqlens_k = tensor(FA_I32, 1, batch + 1, 1, 1, 1);
-  if (packed == 2) {
-    r.lengths.has_max_q = r.lengths.has_max_k = 1;
-    r.lengths.max_seqlen_q = seqlen_q, r.lengths.max_seqlen_k = seqlen_k;
-  }
-  if (block) r.visibility.block_mask = tensor(FA_BOOL, 4, 1, 1, (seqlen_q + block - 1) / block, (seqlen_k + block - 1) / block);
-  r.visibility.block_size = block;
-  r.score.softcap = (double)number("softcap", 0);
-  r.dropout.p = (double)number("dropout_percent", 0) / 100;
-
-  fa_device_limits limits = {.cc_major = (int)number("cc", 90) / 10,
-                             .cc_minor = (int)number("cc", 90) % 10,
-                             .sm_count = (int)number("sm_count", 132),
-                             .smem_per_block_optin = (int)number("smem", 232448)};
+  const plan_shape shape = shape_option();
+  const fa_request r = request_of(&shape);
+  const fa_device_limits limits = device_option();
   fa_problem problem;
   fa_error error;
   char text[4096];

@@ -3,65 +3,31 @@
  *     plan_cuda_bwd NAME=NUMBER ...
  */
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 
 #include "cuda/plan_bwd.h"
+#include "plan_options.h"
 
-static int count;
-static char **words;
-
-static long long number(const char *name, long long otherwise) {
-  size_t length = strlen(name);
-  for (int i = 1; i < count; i++)
-    if (!strncmp(words[i], name, length) && words[i][length] == '=') return atoll(words[i] + length + 1);
-  return otherwise;
-}
-
-/* Addresses that nobody reads. */
-static fa_tensor tensor(fa_dtype dtype, int ndim, int64_t a, int64_t b, int64_t c, int64_t d) {
-  static uintptr_t next = (uintptr_t)1 << 40;
-  fa_tensor t = {.dtype = dtype, .device = FA_CUDA, .ndim = ndim, .shape = {a, b, c, d}};
-  int64_t stride = 1;
-  for (int i = ndim - 1; i >= 0; i--) t.stride[i] = stride, stride *= t.shape[i];
-  t.data = (void *)next;
-  next += (uintptr_t)1 << 32;
-  return t;
-}
-
-static fa_tensor rows(fa_dtype dtype, int packed, int64_t batch, int64_t seqlen, int64_t heads, int64_t dim) {
-  return packed ? tensor(dtype, 3, batch * seqlen, heads, dim, 1) : tensor(dtype, 4, batch, seqlen, heads, dim);
+static fa_request with_gradients(const plan_shape *s) {
+  fa_request r = request_of(s);
+  const fa_dtype statistic = s->dtype == FA_F64 ? FA_F64 : FA_F32;
+  r.out = r.grad.dout = rows(s, s->seqlen_q, s->heads_q, s->dim_v);
+  r.lse = s->packed ? tensor(statistic, 2, s->heads_q, s->batch * s->seqlen_q, 1, 1)
+                    : tensor(statistic, 3, s->batch, s->heads_q, s->seqlen_q, 1);
+  if (number("dq", 1)) r.grad.dq = rows(s, s->seqlen_q, s->heads_q, s->dim_qk);
+  if (number("dk", 1)) r.grad.dk = rows(s, s->seqlen_k, s->heads_k, s->dim_qk);
+  if (number("dv", 1)) r.grad.dv = rows(s, s->seqlen_k, s->heads_k, s->dim_v);
+  if (number("alibi", 0)) r.score.alibi_slopes = r.grad.dalibi = tensor(statistic, 1, s->heads_q, 1, 1, 1);
+  if (number("sinks", 0)) r.score.sinks = r.grad.dsinks = tensor(s->dtype, 1, s->heads_q, 1, 1, 1);
+  if (number("bias", 0)) r.score.bias = r.grad.dbias = tensor(s->dtype, 4, 1, s->heads_q, s->seqlen_q, s->seqlen_k);
+  return r;
 }
 
 int main(int argc, char **argv) {
   count = argc;
   words = argv;
-  fa_dtype dtype = (fa_dtype)number("dtype", FA_BF16), statistic = dtype == FA_F64 ? FA_F64 : FA_F32;
-  int packed = (int)number("packed", 0);
-  int64_t batch = number("batch", 2), heads_q = number("heads_q", 16), heads_k = number("heads_k", heads_q),
-          seqlen_q = number("seqlen_q", 1024);
-  int64_t seqlen_k = number("seqlen_k", seqlen_q), dim_qk = number("dim_qk", 128), dim_v = number("dim_v", dim_qk),
-          block = number("block", 0);
-  fa_request r = {.visibility.causal = (fa_causal)number("causal", 0), .deterministic = (int32_t)number("deterministic", 0)};
-  r.q = rows(dtype, packed, batch, seqlen_q, heads_q, dim_qk);
-  r.k = rows(dtype, packed, batch, seqlen_k, heads_k, dim_qk);
-  r.v = rows(dtype, packed, batch, seqlen_k, heads_k, dim_v);
-  r.out = r.grad.dout = rows(dtype, packed, batch, seqlen_q, heads_q, dim_v);
-  r.lse = packed ? tensor(statistic, 2, heads_q, batch * seqlen_q, 1, 1) : tensor(statistic, 3, batch, heads_q, seqlen_q, 1);
-  if (number("dq", 1)) r.grad.dq = rows(dtype, packed, batch, seqlen_q, heads_q, dim_qk);
-  if (number("dk", 1)) r.grad.dk = rows(dtype, packed, batch, seqlen_k, heads_k, dim_qk);
-  if (number("dv", 1)) r.grad.dv = rows(dtype, packed, batch, seqlen_k, heads_k, dim_v);
-  if (packed) r.lengths.cu_seqlens_q = r.lengths.cu_seqlens_k = tensor(FA_I32, 1, batch + 1, 1, 1, 1);
-  if (block) r.visibility.block_mask = tensor(FA_BOOL, 4, 1, 1, (seqlen_q + block - 1) / block, (seqlen_k + block - 1) / block);
-  r.visibility.block_size = block;
-  r.score.softcap = (double)number("softcap", 0);
-  r.dropout.p = (double)number("dropout_percent", 0) / 100;
-  if (number("alibi", 0)) r.score.alibi_slopes = r.grad.dalibi = tensor(statistic, 1, heads_q, 1, 1, 1);
-  if (number("sinks", 0)) r.score.sinks = r.grad.dsinks = tensor(dtype, 1, heads_q, 1, 1, 1);
-  if (number("bias", 0)) r.score.bias = r.grad.dbias = tensor(dtype, 4, 1, heads_q, seqlen_q, seqlen_k);
-
-  int smem = (int)number("smem", 232448);
-  fa_device_limits limits = {.cc_major = 9, .sm_count = 132, .smem_per_block_optin = smem, .smem_per_sm = smem + 1024};
+  const plan_shape shape = shape_option();
+  const fa_request r = with_gradients(&shape);
+  const fa_device_limits limits = device_option();
   fa_problem problem;
   fa_error error;
   char text[8192];

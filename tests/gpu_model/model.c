@@ -5,6 +5,7 @@
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <math.h>
 #include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -91,6 +92,12 @@ static float element(uint32_t word, int half, int meeting) {
   return meeting == MEET_MMA_F16 ? fa_from_f16(bits) : fa_from_bf16(bits);
 }
 
+/* Tensor cores add exactly and round toward zero. */
+static float toward_zero(double x) {
+  float y = (float)x;
+  return fabs((double)y) > fabs(x) ? nextafterf(y, 0.0f) : y;
+}
+
 static void mma(warp *w, int meeting) {
   int halves = meeting == MEET_MMA_TF32 ? 1 : 2, depth = 8 * halves;
   float a[16][16], b[16][8];
@@ -105,9 +112,9 @@ static void mma(warp *w, int meeting) {
   for (int lane = 0; lane < LANES; lane++)
     for (int e = 0; e < 4; e++) {
       int row = lane / 4 + 8 * (e >> 1), column = 2 * (lane % 4) + (e & 1);
-      float d = fa_float(w->words[lane][e]);
-      for (int k = 0; k < depth; k++) d += a[row][k] * b[k][column];
-      w->words[lane][e] = fa_bits(d);
+      double d = fa_float(w->words[lane][e]);
+      for (int k = 0; k < depth; k++) d += (double)a[row][k] * b[k][column];
+      w->words[lane][e] = fa_bits(toward_zero(d));
     }
 }
 
@@ -202,7 +209,8 @@ static void run_block(void) {
 static fa_device_limits device = {.cc_major = 8, .sm_count = 108, .smem_per_block_optin = 166912, .name = "model"};
 
 void model_set_device(int cc_major, int cc_minor, int sm_count, int smem) {
-  device.cc_major = cc_major, device.cc_minor = cc_minor, device.sm_count = sm_count, device.smem_per_block_optin = smem;
+  device.cc_major = cc_major, device.cc_minor = cc_minor, device.sm_count = sm_count;
+  device.smem_per_block_optin = smem, device.smem_per_sm = smem + 1024;
 }
 
 fa_code fa_driver_device(int index, const fa_device_limits **limits, fa_error *error) {

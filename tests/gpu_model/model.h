@@ -1,4 +1,4 @@
-/* model.h: a GPU of one CTA at a time, on the CPU. Included before a kernel file, it takes the place of kernels/ptx.h and of what the CUDA compiler
+/* model.h: a GPU of one CTA at a time, on the CPU. Included before a kernel file, it takes the place of kernels/ptx.h and ptx_bwd.h and of what the CUDA compiler
  * knows by itself, so that the kernels' own source runs and can be checked with no GPU.
  *
  * Each thread of a CTA is a coroutine. What a warp does together (shuffles, votes, ldmatrix, mma) and barriers are meeting points: a thread that
@@ -13,6 +13,7 @@
 #include <string.h>
 
 #define FA_PTX_H
+#define FA_PTX_BWD_H
 #include "../../csrc/core/numeric.h"
 #include "../../csrc/core/portable.h"
 
@@ -190,5 +191,15 @@ static inline uint32_t cvt_rna_tf32(float x) {
   uint32_t u = __float_as_uint(x);
   return (u & 0x7F800000u) == 0x7F800000u ? u : (u + 0x1000u) & 0xFFFFE000u;
 }
+
+/* ---- ptx_bwd.h, as before sm_90 ---- */
+
+#define FA_VECTOR_RED 0
+
+static inline void red_global_add_f32(float *address, float x) { *address += x; }
+static inline void red_global_add_v4_f32(float *address, const float x[4]) {
+  for (int i = 0; i < 4; i++) red_global_add_f32(address + i, x[i]);
+}
+static inline uint32_t fa_opaque(uint32_t x) { return x; }
 
 #endif

@@ -81,10 +81,10 @@ FA_INLINE void accumulate(REAL acc[MINE], REAL w[TILE][TILE + 1], int by_columns
     }
 }
 
-/* P and dS of the tile at (m0, n0) into shared memory, complete for all. ds_bias[i] is dS before the cap. distance_sum, if not 0,
- * receives this thread's part of the gradient of the slope. */
+/* P and dS of the tile at (m0, n0) into shared memory, complete for all. ds_bias[i] is dS before the cap. slope_sums, if not 0, are
+ * this thread's for its MINE rows. */
 FA_INLINE void gradient_tile(shared_tiles *t, const fa_gradient_args *args, const fa_tile *tile, int m0, int n0, REAL ds_bias[MINE],
-                             REAL *distance_sum) {
+                             fa_slope_sums *slope_sums) {
   const fa_arg_problem *p = &args->problem;
   int row = threadIdx.x / 32 * MINE, j = n0 + threadIdx.x % 32, h_k = tile->h / p->group;
   fa_gradient_head head = fa_gradient_of_head(p, tile, tile->h);
@@ -102,9 +102,8 @@ FA_INLINE void gradient_tile(shared_tiles *t, const fa_gradient_args *args, cons
     fa_range keys = fa_keys_of_row(p, &head, r);
     REAL lse = ((const REAL *)args->lse_rows)[workspace_row + i], delta = ((const REAL *)args->delta_rows)[workspace_row + i];
     int dropped = DROPOUT && fa_is_dropped(p, head.dropout, tile->b, tile->h, r, j);
-    REAL slope_of_cap = fa_gradient_of_pair(p, &head, &s[i], &ds_bias[i], j >= keys.lo && j < keys.hi, r, j, lse, delta, dropped);
-    int distance = r + head.score.off - j;
-    if (distance_sum) *distance_sum -= ds_bias[i] * (REAL)(distance < 0 ? -distance : distance);
+    REAL slope_of_cap = fa_gradient_of_pair(p, &head, &s[i], &ds_bias[i], j >= keys.lo && j < keys.hi, r, j, lse, delta, dropped,
+                                            slope_sums ? &slope_sums[i] : 0);
     t->p[row + i][threadIdx.x % 32] = s[i];
     t->ds[row + i][threadIdx.x % 32] = ds_bias[i] * slope_of_cap;
   }
@@ -160,15 +159,27 @@ FA_INLINE void keys_role(const fa_gradient_args *args, shared_tiles *t) {
   store_rows(&args->dv, dv, tile.b, h_k, tile.k_start + n0, tile.len_k - n0, tile.slot_k - n0, p->dim_v, 1);
 }
 
-/* The CTA's sum in a fixed order, in thread 0. */
-FA_INLINE REAL sum_of_cta(shared_tiles *t, REAL mine) {
-  REAL *sums = &t->p[0][0];
-  sums[threadIdx.x] = mine;
-  for (int half = THREADS / 2; half > 0; half /= 2) {
-    __syncthreads(); /* the sums of the step before are there */
-    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+/* The sum over a warp's keys, the same in all lanes. */
+FA_INLINE double warp_sum(double x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, step);
+  return x;
+}
+
+/* The tile's share of the gradient of the slope, in a fixed order. */
+FA_INLINE void store_slope_sum(const fa_gradient_args *args, shared_tiles *t, const fa_tile *tile, const fa_slope_sums sums[MINE]) {
+  int64_t row0 = fa_workspace_row(args, tile->b, tile->h, tile->q_start) + tile->m0;
+  double *warp_sums = (double *)t, sum = 0;
+  for (int i = 0; i < MINE; i++) {
+    int row = threadIdx.x / 32 * MINE + i;
+    fa_slope_sums all = {warp_sum(sums[i].p), warp_sum(sums[i].p_dp), warp_sum(sums[i].p_dist), warp_sum(sums[i].p_dp_dist)};
+    sum += fa_slope_of_row(args, tile, tile->m0 + row, &all, ((const REAL *)args->lse_rows)[row0 + row]);
   }
-  return sums[0];
+  if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = sum;
+  __syncthreads(); /* the sums of all warps are there */
+  if (threadIdx.x != 0) return;
+  for (int warp = 1; warp < THREADS / 32; warp++) sum += warp_sums[warp];
+  ((double *)args->dalibi_tiles)[row0 / TILE] = sum;
 }
 
 FA_INLINE void rows_role(const fa_gradient_args *args, shared_tiles *t) {
@@ -176,22 +187,19 @@ FA_INLINE void rows_role(const fa_gradient_args *args, shared_tiles *t) {
   fa_tile tile;
   if (!fa_find_query_tile(p, args->row_tiles, 1, TILE, &tile)) return;
   int m0 = tile.m0, m1 = fa_min(m0 + TILE, tile.len_q), h_k = tile.h / p->group;
-  REAL dq[SLICES][MINE] = {{0}}, distance_sum = 0;
+  REAL dq[SLICES][MINE] = {{0}};
+  fa_slope_sums slope_sums[MINE] = {{0, 0, 0, 0}};
   fa_range keys = fa_visited_keys(p->rule, tile.len_q, tile.len_k, m0, m1);
   if (m0 >= m1) keys.hi = 0;
   for (int n0 = keys.lo / TILE * TILE; n0 < keys.hi; n0 += TILE) {
     if (!fa_in_block_mask(p, tile.b, tile.h, m0, n0)) continue;
     REAL ds_bias[MINE];
-    gradient_tile(t, args, &tile, m0, n0, ds_bias, &distance_sum);
+    gradient_tile(t, args, &tile, m0, n0, ds_bias, args->dalibi_tiles ? slope_sums : 0);
     operand k = rows_of(&args->k, tile.b, h_k, tile.k_start + n0, tile.len_k - n0, p->dim_qk);
     add_product(dq, t, t->ds, 0, &k);
     __syncthreads(); /* all threads are done with dS */
   }
-  if (args->dalibi_tiles && m0 < m1) {
-    REAL sum = sum_of_cta(t, distance_sum);
-    int64_t row = fa_workspace_row(args, tile.b, tile.h, tile.q_start) + m0;
-    if (threadIdx.x == 0) ((double *)args->dalibi_tiles)[row / TILE] = sum;
-  }
+  if (args->dalibi_tiles && m0 < m1) store_slope_sum(args, t, &tile, slope_sums);
   store_rows(&args->dq, dq, tile.b, tile.h, tile.q_start + m0, tile.len_q - m0, tile.slot_q - m0, p->dim_qk, (REAL)p->scale);
 }
 

@@ -41,7 +41,7 @@ typedef struct {
 typedef struct {
   float dq[DQ_N][4];
   float lse[2], delta[2];
-  fa_long_sum distance_sum;
+  fa_slope_sums slope_sums[2];
 } warp_state;
 
 FA_INLINE void load_key_side(const fa_gradient_args *args, const fa_tile *tile, const shared_map *smem, int n0, int stage) {
@@ -52,9 +52,8 @@ FA_INLINE void load_key_side(const fa_gradient_args *args, const fa_tile *tile, 
   fa_load_tile(smem->v + stage * V_TILE_BYTES, v_gmem, &args->v, keys, args->problem.dim_v, BLOCK_N, DIM_V, THREADS);
 }
 
-/* dQ += dS K with dS in fragments; in fa_product_exact's way when `poisoned`. One copy of the code for both: two would take registers that
- * dQ needs. */
-FA_INLINE void accumulate(float dq[DQ_N][4], float ds[S_N][4], uint32_t k_smem, int poisoned) {
+/* dQ += dS K with dS in fragments. */
+FA_INLINE void accumulate(float dq[DQ_N][4], float ds[S_N][4], uint32_t k_smem) {
   int lane = (int)fa_opaque(threadIdx.x % 32);
   fa_tile_operand k_tile = {k_smem, FA_BY_COLUMNS, 0, K_ROW_BYTES};
 #pragma unroll
@@ -67,7 +66,6 @@ FA_INLINE void accumulate(float dq[DQ_N][4], float ds[S_N][4], uint32_t k_smem, 
       fa_load_operand_b(k, k_tile, lane, 8 * n, step);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        if (poisoned) fa_mma_flags(dq[n + half], &a, &k[half]);
         fa_split_b(&k[half]);
         fa_mma(dq[n + half], &a, &k[half]);
       }
@@ -75,24 +73,39 @@ FA_INLINE void accumulate(float dq[DQ_N][4], float ds[S_N][4], uint32_t k_smem, 
   }
 }
 
+/* Infinite and NaN elements of K become 0, so that they reach dQ only through the dS of the rows that see them, which is NaN. */
+FA_INLINE void clear_nonfinite(uint32_t k_smem) {
+#pragma unroll 1
+  for (uint32_t at = 4 * threadIdx.x; at < K_TILE_BYTES; at += 4 * THREADS) {
+    uint32_t word = ld_shared_b32(k_smem + at);
+    fa_flag_nonfinite(&word);
+    st_shared_b32(k_smem + at, word);
+  }
+  __syncthreads(); /* K is finite for all */
+}
+
+/* One tile of keys; `mine` whether any row of this warp sees it, `full` whether all rows of the CTA see all of it. */
 FA_INLINE void key_step(warp_state *w, const fa_gradient_args *args, const fa_gradient_head *head, const shared_map *smem, int row0, int n0,
-                        int stage) {
-  int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16;
+                        int stage, int mine, int full) {
+  int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16, poisoned = 0;
+  uint32_t k_smem = smem->k + stage * K_TILE_BYTES;
   float s[S_N][4], dp[S_N][4];
 #pragma unroll
   for (int n = 0; n < S_N; n++)
 #pragma unroll
     for (int e = 0; e < 4; e++) s[n][e] = dp[n][e] = 0.0f;
-  fa_tile_operand q = {smem->q, FA_BY_ROWS, warp_row, K_ROW_BYTES}, k = {smem->k + stage * K_TILE_BYTES, FA_BY_ROWS, 0, K_ROW_BYTES};
-  fa_tile_operand dout = {smem->dout, FA_BY_ROWS, warp_row, V_ROW_BYTES}, v = {smem->v + stage * V_TILE_BYTES, FA_BY_ROWS, 0, V_ROW_BYTES};
-  fa_product(s, 1, S_N, HEAD_DIM, q, k);
-  fa_product(dp, 1, S_N, DIM_V, dout, v);
-
-  int full = fa_tile_is_full(&args->problem, head, row0, 16, n0, BLOCK_N), poisoned = 0;
-  if (SCORE || !full) poisoned = __any_sync(0xFFFFFFFFu, fa_has_nonfinite(s, S_N));
-  fa_gradient_wish wish = {0, &w->distance_sum};
-  fa_gradient_fragments(s, dp, S_N, &args->problem, head, row0 + (lane >> 2), n0, full, w->lse, w->delta, wish);
-  accumulate(w->dq, dp, k.smem, poisoned);
+  if (mine) {
+    fa_tile_operand q = {smem->q, FA_BY_ROWS, warp_row, K_ROW_BYTES}, k = {k_smem, FA_BY_ROWS, 0, K_ROW_BYTES};
+    fa_tile_operand dout = {smem->dout, FA_BY_ROWS, warp_row, V_ROW_BYTES};
+    fa_tile_operand v = {smem->v + stage * V_TILE_BYTES, FA_BY_ROWS, 0, V_ROW_BYTES};
+    fa_product(s, 1, S_N, HEAD_DIM, q, k);
+    fa_product(dp, 1, S_N, DIM_V, dout, v);
+    poisoned = fa_has_nonfinite(s, S_N);
+    fa_gradient_wish wish = {0, args->dalibi_tiles ? w->slope_sums : 0};
+    fa_gradient_fragments(s, dp, S_N, &args->problem, head, row0 + (lane >> 2), n0, full, w->lse, w->delta, wish);
+  }
+  if ((SCORE || !full) && __syncthreads_or(poisoned)) clear_nonfinite(k_smem); /* all warps are done with K as it was */
+  if (mine) accumulate(w->dq, dp, k_smem);
 }
 
 /* Walks over the key tiles with dQ in registers. */
@@ -120,7 +133,9 @@ FA_INLINE void walk_keys(warp_state *w, const fa_gradient_args *args, const fa_t
     __syncthreads(); /* K and V of this tile have landed for all; all warps are done with the other stage */
     if (STAGES == 2 && next >= 0) load_key_side(args, tile, smem, next * BLOCK_N, stage ^ 1);
     cp_async_commit_group();
-    if (n0 < warp_seen.hi && n0 + BLOCK_N > warp_seen.lo) key_step(w, args, &head, smem, row0, n0, stage);
+    int mine = n0 < warp_seen.hi && n0 + BLOCK_N > warp_seen.lo;
+    int full = fa_tile_is_full(p, &head, tile->m0, BLOCK_M, n0, BLOCK_N);
+    key_step(w, args, &head, smem, row0, n0, stage, mine, full);
     if (STAGES == 1) {
       __syncthreads(); /* all warps are done with K and V */
       if (next >= 0) load_key_side(args, tile, smem, next * BLOCK_N, 0);
@@ -147,11 +162,22 @@ FA_INLINE void store_dq(const fa_gradient_args *args, const fa_tile *tile, float
   }
 }
 
-/* The sum over the CTA, in a fixed order. */
-FA_INLINE void store_distance_sum(const fa_gradient_args *args, const fa_tile *tile, const fa_long_sum *mine, double *warp_sums) {
-  double sum = (double)mine->sum - (double)mine->lost;
+FA_INLINE double quad_sum(double x) {
+  x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
+  return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
+}
+
+/* The tile's share of the gradient of the slope, in a fixed order. */
+FA_INLINE void store_slope_sum(const fa_gradient_args *args, const fa_tile *tile, const warp_state *w, int row0, double *warp_sums) {
+  double sum = 0;
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
+  for (int r = 0; r < 2; r++) {
+    const fa_slope_sums *mine = &w->slope_sums[r];
+    fa_slope_sums all = {quad_sum(mine->p), quad_sum(mine->p_dp), quad_sum(mine->p_dist), quad_sum(mine->p_dp_dist)};
+    sum += fa_slope_of_row(args, tile, row0 + 8 * r, &all, w->lse[r]);
+  }
+#pragma unroll
+  for (int step = 16; step > 2; step /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step); /* a quad has one sum */
   __syncthreads(); /* all warps are done with the tiles, whose memory the sums take */
   if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = sum;
   __syncthreads(); /* the sums of all warps are there */
@@ -172,11 +198,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) bwd_rows_sm80(const __g
   smem.v = smem.k + STAGES * K_TILE_BYTES;
 
   int row0 = tile.m0 + threadIdx.x / 32 * 16;
-  warp_state w = {{{0}}, {0, 0}, {0, 0}, {0, 0}};
+  warp_state w = {{{0}}, {0, 0}, {0, 0}, {{0, 0, 0, 0}, {0, 0, 0, 0}}};
   if (tile.len_q > tile.m0) {
     fa_read_row_statistics(&args, fa_workspace_row(&args, tile.b, tile.h, tile.q_start) + row0 + threadIdx.x % 32 / 4, w.lse, w.delta);
     walk_keys(&w, &args, &tile, &smem);
-    if (args.dalibi_tiles) store_distance_sum(&args, &tile, &w.distance_sum, (double *)shared);
+    if (args.dalibi_tiles) store_slope_sum(&args, &tile, &w, row0 + (int)threadIdx.x % 32 / 4, (double *)shared);
   }
   if (args.dq.data) store_dq(&args, &tile, w.dq, row0);
 }

@@ -207,7 +207,7 @@ FA_INLINE void add_dq(const fa_gradient_args *args, const fa_tile *tile, int h, 
   fa_tile_operand ds = {smem->ds + buffer * 2 * S_TILE_BYTES, FA_BY_ROWS, row0, S_ROW_BYTES},
                   k = {smem->k, FA_BY_COLUMNS, column0, K_ROW_BYTES};
   if (poisoned)
-    fa_product_exact(dq, DQ_M, DQ_N, BLOCK_N, ds, k);
+    fa_product_exact(dq, DQ_M, DQ_N, BLOCK_N, ds, k, 0);
   else
     fa_product(dq, DQ_M, DQ_N, BLOCK_N, ds, k);
   int64_t row = fa_workspace_row(args, tile->b, h, tile->q_start) + m0 + row0;
@@ -226,8 +226,8 @@ FA_INLINE void accumulate(warp_sums *sums, const shared_map *smem, int stage, in
   fa_tile_operand dout = {smem->dout + stage * DO_TILE_BYTES, FA_BY_COLUMNS, part * DV_COLUMNS, V_ROW_BYTES};
   fa_tile_operand q = {smem->q + stage * Q_TILE_BYTES, FA_BY_COLUMNS, part * DK_COLUMNS, K_ROW_BYTES};
   if (poisoned) {
-    fa_product_exact(sums->dv, KV_M, DV_N, BLOCK_M, p, dout);
-    fa_product_exact(sums->dk, KV_M, DK_N, BLOCK_M, ds, q);
+    fa_product_exact(sums->dv, KV_M, DV_N, BLOCK_M, p, dout, 1);
+    fa_product_exact(sums->dk, KV_M, DK_N, BLOCK_M, ds, q, 0);
   } else {
     fa_product(sums->dv, KV_M, DV_N, BLOCK_M, p, dout);
     fa_product(sums->dk, KV_M, DK_N, BLOCK_M, ds, q);

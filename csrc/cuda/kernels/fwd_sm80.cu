@@ -93,37 +93,6 @@ FA_INLINE void scores(float s[M_FRAGS][N_FRAGS][4], uint32_t q_smem, int warp_ro
   }
 }
 
-/* Products become scores, in natural units. One loop a feature, since all but one or two are absent. Pairs outside the sequence have no bias or
- * mask to read, and are masked later. */
-FA_INLINE void change_scores(float s[N_FRAGS][4], const fa_arg_problem *p, const fa_score_head *head, const fa_tile *tile, int row0,
-                             int n0) {
-  int lane = threadIdx.x % 32, column = n0 + 2 * (lane & 3), columns = tile->len_k - column;
-#pragma unroll
-  for (int n = 0; n < N_FRAGS; n++)
-#pragma unroll
-    for (int e = 0; e < 4; e++) s[n][e] *= head->scale;
-  if (head->softcap != 0.0f) {
-    float inverse = 1.0f / head->softcap;
-#pragma unroll
-    for (int n = 0; n < N_FRAGS; n++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) s[n][e] = head->softcap * fa_tanh(s[n][e] * inverse);
-  }
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-    int row = row0 + (lane >> 2) + 8 * r, inside = row < tile->len_q ? columns : 0;
-    if (head->slope != 0.0f) {
-      float distance = (float)(row + head->off - column);
-#pragma unroll
-      for (int n = 0; n < N_FRAGS; n++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) s[n][2 * r + e] -= head->slope * fabsf(distance - (float)(8 * n + e));
-    }
-    if (head->bias) fa_add_bias_row(s, N_FRAGS, r, p, head, row, column, inside);
-    if (head->mask) fa_mask_row(s, N_FRAGS, r, p, head, row, column, inside);
-  }
-}
-
 FA_INLINE void drop_weights(float s[N_FRAGS][4], const fa_arg_problem *p, fa_philox_key key, const fa_tile *tile, int row0, int n0) {
 #pragma unroll
   for (int n = 0; n < N_FRAGS; n++) {
@@ -276,7 +245,7 @@ FA_INLINE void general_step(warp_state *w, const walk_state *a, const fa_score_h
                             int pass) {
   const fa_arg_problem *p = &a->args->problem;
   const fa_tile *tile = a->tile;
-  int n0 = n * BLOCK_N, row1 = fa_min(a->row0 + WARP_ROWS, tile->len_q);
+  int lane = threadIdx.x % 32, n0 = n * BLOCK_N, row1 = fa_min(a->row0 + WARP_ROWS, tile->len_q);
   fa_range visited = fa_visited_keys(p->rule, tile->len_q, tile->len_k, a->row0, row1);
   fa_range unmasked = fa_unmasked_keys(p->rule, tile->len_q, tile->len_k, a->row0, row1);
   int seen = a->row0 < row1 && n0 < visited.hi && n0 + BLOCK_N > visited.lo;
@@ -290,7 +259,7 @@ FA_INLINE void general_step(warp_state *w, const walk_state *a, const fa_score_h
   if (STAGES == 1 && pass != PLAIN) reread_values(a->v_smem, pass);
 #pragma unroll
   for (int m = 0; m < M_FRAGS; m++) {
-    if (SCORE) change_scores(s[m], p, head, tile, a->row0 + 16 * m, n0);
+    if (SCORE) fa_change_scores(s[m], 0, N_FRAGS, p, head, tile->len_q, tile->len_k, a->row0 + 16 * m + lane / 4, n0 + 2 * (lane & 3));
     if (n0 < unmasked.lo || n0 + BLOCK_N > unmasked.hi)
       fa_mask_fragments(s[m], N_FRAGS, p->rule, tile->len_q, tile->len_k, a->row0 + 16 * m, n0);
   }

@@ -96,9 +96,26 @@ FA_INLINE REAL fa_weight(REAL score, REAL lse) {
   return (REAL)ex2_approx(__fmaf_rn((float)score, LOG2E, -(float)lse));
 }
 
-/* *s: q.k, becomes the weight for dv. *dp: dout.v, becomes dS before the cap. Returns d(cap(x))/dx. */
+/* ---- the gradient of a slope ----
+ *
+ * It is - sum of dS * |i + off - j| over all pairs, a small difference of large sums: an error of delta or of lse counts as often as the mean
+ * distance says. So each row has four sums over its keys, in which both drop out. */
+typedef struct {
+  double p, p_dp, p_dist, p_dp_dist;
+} fa_slope_sums;
+
+/* One row's part. lse as in fa_weight; the sink, if there is one, has its share of the weights. */
+FA_INLINE double fa_slope_of_row(const fa_gradient_args *args, const fa_tile *tile, int row, const fa_slope_sums *sums, REAL lse) {
+  const fa_arg_view *dlse = &args->dlse;
+  if (sums->p == 0) return 0;
+  double total = sums->p + (double)fa_weight(fa_sink_of_head(&args->problem, tile->h), lse), delta = sums->p_dp / total;
+  if (dlse->data) delta -= (double)*(const REAL *)fa_head_base(dlse, sizeof(REAL), tile->b, tile->h, tile->q_start + row);
+  return (delta * sums->p_dist - sums->p_dp_dist) / total;
+}
+
+/* *s: q.k, becomes the weight for dv. *dp: dout.v, becomes dS before the cap. Returns d(cap(x))/dx. `sums`, if not 0, are the row's. */
 FA_INLINE REAL fa_gradient_of_pair(const fa_arg_problem *p, const fa_gradient_head *head, REAL *s, REAL *dp, int visible, int i, int j,
-                                   REAL lse, REAL delta, int dropped) {
+                                   REAL lse, REAL delta, int dropped, fa_slope_sums *sums) {
   REAL score = *s * head->score.scale, slope_of_cap = 1;
   if (SCORE && visible) {
     REAL shift = fa_shift(p, &head->score, i, j);
@@ -107,9 +124,15 @@ FA_INLINE REAL fa_gradient_of_pair(const fa_arg_problem *p, const fa_gradient_he
     if (head->score.softcap != 0) slope_of_cap = 1 - (capped / head->score.softcap) * (capped / head->score.softcap);
     score = capped + shift;
   }
-  REAL weight = visible ? fa_weight(score, lse) : 0, kept = dropped ? 0 : DROPOUT ? (REAL)p->keep_scale : 1;
-  *dp = visible ? weight * ((dropped ? 0 : *dp * kept) - delta) : 0;
-  *s = dropped ? 0 : weight * kept;
+  REAL weight = visible ? fa_weight(score, lse) : 0, keep = DROPOUT ? (REAL)p->keep_scale : 1;
+  REAL kept = visible && !dropped ? *dp * keep : 0;
+  if (sums) {
+    int distance = i + head->score.off - j;
+    double p_dist = (double)weight * (distance < 0 ? -distance : distance);
+    sums->p += weight, sums->p_dp += (double)weight * kept, sums->p_dist += p_dist, sums->p_dp_dist += p_dist * kept;
+  }
+  *dp = visible ? weight * (kept - delta) : 0;
+  *s = dropped ? 0 : weight * keep;
   return visible ? slope_of_cap : 0;
 }
 

@@ -25,21 +25,10 @@ FA_INLINE int fa_has_nonfinite(float s[][4], int count) {
   return zero != 0.0f;
 }
 
-/* A long sum of numbers of both signs: `lost` is what rounding has taken from `sum`. */
-typedef struct {
-  float sum, lost;
-} fa_long_sum;
-
-FA_INLINE void fa_add_to(fa_long_sum *s, float x) {
-  float added = x - s->lost, sum = s->sum + added;
-  s->lost = (sum - s->sum) - added;
-  s->sum = sum;
-}
-
 /* What a caller wants besides P and dS. */
 typedef struct {
   int before_cap;            /* dS as the gradient of the bias, not of q and k */
-  fa_long_sum *distance_sum; /* receives -dS * |i + off - j| summed, the gradient of the slope; or 0 */
+  fa_slope_sums *slope_sums; /* of this lane's two rows, or 0 */
 } fa_gradient_wish;
 
 /* The plain form: no score changes, no dropout. Invisible pairs are cleared afterwards, in the tiles that have any. */
@@ -63,25 +52,63 @@ FA_INLINE void fa_clear_invisible(float s[][4], float dp[][4], int count, const 
     }
 }
 
-/* The general form. */
+FA_INLINE void fa_hide_scores(float s[][4], int count, const fa_range keys[2], int column) {
+#pragma unroll
+  for (int n = 0; n < count; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      int j = column + 8 * n + (e & 1);
+      if (j < keys[e >> 1].lo || j >= keys[e >> 1].hi) s[n][e] = MINUS_INFINITY;
+    }
+}
+
+/* P dP and the rest of one tile, in f32, join the sums of row r: p are weights, kept what of dP dropout has left. */
+FA_INLINE void fa_add_slope_terms(fa_slope_sums *sums, float p[][4], float kept[][4], int count, int r, int distance) {
+  float p_sum = 0, p_dp = 0, p_dist = 0, p_dp_dist = 0;
+#pragma unroll
+  for (int n = 0; n < count; n++)
+#pragma unroll
+    for (int e = 2 * r; e < 2 * r + 2; e++) {
+      float weighed = p[n][e] * fabsf((float)(distance - 8 * n - (e & 1)));
+      p_sum += p[n][e], p_dp += p[n][e] * kept[n][e], p_dist += weighed, p_dp_dist += weighed * kept[n][e];
+    }
+  sums->p += p_sum, sums->p_dp += p_dp, sums->p_dist += p_dist, sums->p_dp_dist += p_dp_dist;
+}
+
+#define FA_MOST_FRAGMENTS 16
+
+/* The general form. A hidden pair has the score -infinity. */
 FA_INLINE void fa_changed_gradient(float s[][4], float dp[][4], int count, const fa_arg_problem *p, const fa_gradient_head *head, int row,
                                    const fa_range keys[2], int column, const float lse[2], const float delta[2], fa_gradient_wish wish) {
+  float cap_slope[FA_MOST_FRAGMENTS][4], keep = DROPOUT ? (float)p->keep_scale : 1.0f;
+  int dropped[FA_MOST_FRAGMENTS]; /* bit e of entry n: element e of fragment n */
+  fa_change_scores(s, wish.before_cap ? 0 : cap_slope, count, p, &head->score, head->len_q, head->len_k, row, column);
+  fa_hide_scores(s, count, keys, column);
 #pragma unroll
   for (int n = 0; n < count; n++) {
     uint32_t word[4];
     if (DROPOUT) fa_fragment_words(head->dropout, head->b, head->h, row, (column & ~7) + 8 * n, word);
+    dropped[n] = 0;
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-      int r = e >> 1, i = row + 8 * r, j = column + 8 * n + (e & 1), visible = j >= keys[r].lo && j < keys[r].hi;
-      float slope_of_cap =
-          fa_gradient_of_pair(p, head, &s[n][e], &dp[n][e], visible, i, j, lse[r], delta[r], DROPOUT && word[e] < p->dropout_threshold);
-      if (SCORE && wish.distance_sum) {
-        int distance = i + head->score.off - j;
-        fa_add_to(wish.distance_sum, -dp[n][e] * (float)(distance < 0 ? -distance : distance));
-      }
-      if (SCORE && !wish.before_cap) dp[n][e] *= slope_of_cap;
+      int hidden = s[n][e] == MINUS_INFINITY;
+      if (DROPOUT && word[e] < p->dropout_threshold) dropped[n] |= 1 << e;
+      s[n][e] = hidden ? 0.0f : fa_weight(s[n][e], lse[e >> 1]);
+      dp[n][e] = hidden || dropped[n] >> e & 1 ? 0.0f : dp[n][e] * keep;
     }
   }
+  if (SCORE && wish.slope_sums) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) fa_add_slope_terms(&wish.slope_sums[r], s, dp, count, r, row + 8 * r + head->score.off - column);
+  }
+#pragma unroll
+  for (int n = 0; n < count; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      float ds = s[n][e] * (dp[n][e] - delta[e >> 1]) * (SCORE && !wish.before_cap ? cap_slope[n][e] : 1.0f);
+      dp[n][e] = s[n][e] == 0.0f ? 0.0f : ds;
+      s[n][e] = dropped[n] >> e & 1 ? 0.0f : s[n][e] * keep;
+    }
 }
 
 /* s: products q.k, becomes P. dp: products dout.v, becomes dS. `row` is this lane's row g within the sequence, column0 the first key of

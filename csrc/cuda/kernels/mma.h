@@ -47,13 +47,19 @@ FA_INLINE void fa_mma_exact(float d[4], const uint32_t a[4], const uint32_t b[2]
     mma_m16n8k16_f16(d, a, b);
 }
 
-/* d += a * b; the small terms first. */
+/* d += a * b; the small terms first. Tensor cores round sums toward zero, so in fp32 a long sum of theirs would drift: they sum one step, and
+ * an ordinary addition, which rounds to nearest, takes it to d. */
 FA_INLINE void fa_mma(float d[4], const fa_operand_a *a, const fa_operand_b *b) {
   if (DTYPE == FA_ARG_F32) {
-    fa_mma_exact(d, a->r, b->small);
-    fa_mma_exact(d, a->small, b->r);
+    float step[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    fa_mma_exact(step, a->r, b->small);
+    fa_mma_exact(step, a->small, b->r);
+    fa_mma_exact(step, a->r, b->r);
+#pragma unroll
+    for (int e = 0; e < 4; e++) d[e] += step[e];
+  } else {
+    fa_mma_exact(d, a->r, b->r);
   }
-  fa_mma_exact(d, a->r, b->r);
 }
 
 /* Operand a, in fp32 not split yet, from an accumulator: the columns of s become the contraction. 16 bits: columns 16 * step and the 15 next.

@@ -85,8 +85,9 @@ FA_INLINE void fa_product(float acc[][4], int m_count, int n_count, int k, fa_ti
 /* ---- data that is not finite ----
  *
  * 0 * NaN is NaN, so a pair that is not visible, with P = dS = 0, would still spoil a gradient. In tiles with such pairs and such data
- * every number of B is taken as its finite part (0 if it has none), and a second product of flags, "A is not 0" times "B is not
- * finite", counts the NaN that are due. */
+ * every number of B is taken as its finite part (0 if it has none). That is enough for Q and K: where they are not finite, the score of a
+ * pair that is visible is not either, nor is its dS. With dO a second product of flags, "P is not 0" times "dO is not finite", counts
+ * the NaN that are due. */
 
 #define ONE_BITS (DTYPE == FA_ARG_F32 ? 0x3F800000u : DTYPE == FA_ARG_BF16 ? 0x3F80u : 0x3C00u)
 #define EXPONENT_BITS (DTYPE == FA_ARG_F32 ? 0x7F800000u : DTYPE == FA_ARG_BF16 ? 0x7F80u : 0x7C00u)
@@ -112,42 +113,39 @@ FA_INLINE uint32_t fa_flag_nonfinite(uint32_t *word) {
   return flags;
 }
 
-/* The flags of one step. Sets d to NaN where one is due, and leaves the finite part in b: the true product comes after. */
-FA_INLINE void fa_mma_flags(float d[4], const fa_operand_a *a, fa_operand_b *b) {
-  uint32_t a_flags[4], b_flags[2];
-  float due[4] = {0, 0, 0, 0};
-#pragma unroll
-  for (int i = 0; i < 4; i++) a_flags[i] = fa_flag_nonzero(a->r[i]);
-#pragma unroll
-  for (int i = 0; i < 2; i++) b_flags[i] = fa_flag_nonfinite(&b->r[i]);
-  fa_mma_exact(due, a_flags, b_flags);
-#pragma unroll
-  for (int e = 0; e < 4; e++)
-    if (due[e] > 0.0f) d[e] = __int_as_float(0x7fffffff);
-}
-
-/* fa_product, in which an element of A that is 0 takes nothing from B, not even NaN. */
-FA_INLINE void fa_product_exact(float acc[][4], int m_count, int n_count, int k, fa_tile_operand a_tile, fa_tile_operand b_tile) {
+/* fa_product, in which an element of A that is 0 takes nothing from B, not even NaN. B may hold what is not finite where A is not 0 if
+ * `flags` is 1. */
+FA_INLINE void fa_product_exact(float acc[][4], int m_count, int n_count, int k, fa_tile_operand a_tile, fa_tile_operand b_tile,
+                                int flags) {
   int lane = (int)fa_opaque(threadIdx.x % 32);
-#pragma unroll
-  for (int m = 0; m < m_count; m++)
-#pragma unroll
-    for (int n = 0; n < n_count; n += 2) {
 #pragma unroll 1
-      for (int step = 0; step < k / FA_STEP_ROWS; step++) {
-        fa_operand_a a;
-        fa_operand_b b[2];
-        fa_load_operand_a(&a, a_tile, b_tile.by, lane, 16 * m, step);
-        fa_load_operand_b(b, b_tile, lane, 8 * n, step);
-        fa_split_a(&a);
+  for (int step = 0; step < k / FA_STEP_ROWS; step++) {
+    fa_operand_a a[4];
+    fa_operand_b b[2];
+    uint32_t a_flags[4][4];
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-          fa_mma_flags(acc[m * n_count + n + half], &a, &b[half]);
-          fa_split_b(&b[half]);
-          fa_mma(acc[m * n_count + n + half], &a, &b[half]);
-        }
+    for (int m = 0; m < m_count; m++) {
+      fa_load_operand_a(&a[m], a_tile, b_tile.by, lane, 16 * m, step);
+#pragma unroll
+      for (int i = 0; i < 4; i++) a_flags[m][i] = fa_flag_nonzero(a[m].r[i]);
+      fa_split_a(&a[m]);
+    }
+#pragma unroll
+    for (int n = 0; n < n_count; n++) {
+      if (n % 2 == 0) fa_load_operand_b(b, b_tile, lane, 8 * n, step);
+      uint32_t b_flags[2] = {fa_flag_nonfinite(&b[n % 2].r[0]), fa_flag_nonfinite(&b[n % 2].r[1])};
+      fa_split_b(&b[n % 2]);
+#pragma unroll
+      for (int m = 0; m < m_count; m++) {
+        float due[4] = {0, 0, 0, 0}, *d = acc[m * n_count + n];
+        fa_mma(d, &a[m], &b[n % 2]);
+        if (flags) fa_mma_exact(due, a_flags[m], b_flags);
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+          if (due[e] > 0.0f) d[e] = __int_as_float(0x7fffffff);
       }
     }
+  }
 }
 
 /* Rows g and g + 8 of `count` fragments into a tile of the same element type. */

@@ -97,6 +97,44 @@ FA_INLINE void fa_mask_row(float s[][4], int count, int r, const fa_arg_problem 
   }
 }
 
+/* Products of the rows `row` and row + 8 of the sequence become scores, in natural units; elements as above. cap_slope, if not 0, receives
+ * d(cap(x))/dx. One loop a feature, since all but one or two are absent. Pairs outside the sequence have no bias or mask to read, and are
+ * masked later. */
+FA_INLINE void fa_change_scores(float s[][4], float cap_slope[][4], int count, const fa_arg_problem *p, const fa_score_head *head,
+                                int len_q, int len_k, int row, int column) {
+#pragma unroll
+  for (int n = 0; n < count; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      s[n][e] *= head->scale;
+      if (cap_slope) cap_slope[n][e] = 1.0f;
+    }
+  if (head->softcap != 0.0f) {
+    float inverse = 1.0f / head->softcap;
+#pragma unroll
+    for (int n = 0; n < count; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        float capped = fa_tanh(s[n][e] * inverse);
+        s[n][e] = head->softcap * capped;
+        if (cap_slope) cap_slope[n][e] = 1.0f - capped * capped;
+      }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    int i = row + 8 * r, inside = i < len_q ? len_k - column : 0;
+    if (head->slope != 0.0f) {
+      float distance = (float)(i + head->off - column);
+#pragma unroll
+      for (int n = 0; n < count; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) s[n][2 * r + e] -= head->slope * fabsf(distance - (float)(8 * n + e));
+    }
+    if (head->bias) fa_add_bias_row(s, count, r, p, head, i, column, inside);
+    if (head->mask) fa_mask_row(s, count, r, p, head, i, column, inside);
+  }
+}
+
 /* ---- dropout ---- */
 
 FA_INLINE fa_philox_key fa_dropout_key_of(const fa_arg_problem *p) {
