@@ -11,14 +11,14 @@ fa_code fa_forward(const fa_request *request, const fa_context *context, fa_erro
   fa_problem problem;
   fa_code code = fa_problem_init(&problem, request, FA_FORWARD, 1, error);
   if (code != FA_OK) return code;
-  return problem.device == FA_CUDA ? fa_cuda_forward(&problem, context, error) : fa_cpu_forward(&problem, error);
+  return problem.device == FA_CUDA ? fa_cuda_forward(&problem, context, error) : fa_cpu_run(&problem, FA_FORWARD, error);
 }
 
 fa_code fa_backward(const fa_request *request, const fa_context *context, fa_error *error) {
   fa_problem problem;
   fa_code code = fa_problem_init(&problem, request, FA_BACKWARD, 1, error);
   if (code != FA_OK) return code;
-  return problem.device == FA_CUDA ? fa_cuda_backward(&problem, context, error) : fa_cpu_backward(&problem, error);
+  return problem.device == FA_CUDA ? fa_cuda_backward(&problem, context, error) : fa_cpu_run(&problem, FA_BACKWARD, error);
 }
 
 fa_code fa_explain(const fa_request *request, int backward, char *text, size_t bytes, fa_error *error) {

@@ -21,7 +21,7 @@ static bias_tiles carve(const fa_job *job, fa_arena *arena) {
 static void add_tile(const fa_job *job, const fa_grid *dbias, bias_tiles *t, int rows) {
   const fa_tile_ops *ops = job->ops;
   for (int r = 0; r < rows; r++) {
-    void *ds = fa_at(ops, t->tiles.ds, (int64_t)r * FA_BLOCK_N);
+    void *ds = fa_at(ops, t->tiles.ds, (int64_t)r * FA_BLOCK_LD);
     if (dbias->columns == 1) {
       double total = ops->row_sum(ds, FA_BLOCK_N);
       ops->scale_row(ds, FA_BLOCK_N, 0);

@@ -6,11 +6,11 @@ typedef enum {
   FA_CPU_ANY = 0, /* plain C */
   FA_CPU_AVX2,    /* with FMA and F16C */
   FA_CPU_AVX512,  /* F, BW, DQ, VL, with all of FA_CPU_AVX2 */
-  FA_CPU_AMX,     /* tiles and bf16 products, with all of FA_CPU_AVX512; the process must still ask the kernel for permission */
+  FA_CPU_AMX,     /* tiles with bf16 products, AVX512_BF16, all of FA_CPU_AVX512, and the kernel's permission to use tiles */
   FA_CPU_FEATURES
 } fa_cpu_feature;
 
-/* Asked of the processor once. Callable before any other function of the library. */
+/* Asked of the processor and the system once. Callable before any other function of the library. */
 int fa_cpu_has(fa_cpu_feature feature);
 
 #endif

@@ -1,36 +1,48 @@
-/* forward.c: the paper's Algorithm 1 on a CPU. A task is one tile of query rows of one head:
+/* forward.c: the paper's Algorithm 1 on a CPU. A task is one tile of query rows:
  *
- *     for each visited tile of 64 keys:   S = Q K^T        (gemm; K transposed on load)
- *                                         P = exp(S - m)   (m: running row maximum; O and l shrink when it grows)
- *                                         O += P V         (gemm)
+ *     for each visited tile of 64 keys:   S = Q K^T          (gemm; K transposed on load)
+ *                                         P = 2^(S - m)      (m: running row maximum; O and l shrink when it has grown)
+ *                                         O += P V           (gemm)
  *     out = O / l,  lse = m + log l
  *
- * Nothing larger than a tile is kept. Tasks share nothing, so the result does not depend on the number of threads. */
+ * A tile holds rows of one head, or, where sequences of queries are short, the rows of several heads of a group, which then read
+ * their keys once. Where that makes too few tasks, each tile is attended in several ranges of keys, whose (O, m, l) are combined in order.
+ * Nothing else larger than a tile is kept. Tasks share nothing, so the result does not depend on the number of threads. */
 #include <math.h>
 #include <stdlib.h>
-#include <string.h>
 
+#include "../core/error.h"
 #include "engine.h"
-#include "job.h"
+#include "forward_tile.h"
+
+/* What one range of keys leaves of a tile. */
+typedef struct {
+  void *o;
+  double *shift, *sum;
+} partial_tile;
 
 typedef struct {
-  void *q, *kt, *v, *s, *o, *dropout; /* [m][dim_qk], [dim_qk][64], [64][dim_v], [m][64], [m][dim_v], [64] */
-  double *m, *l, *out_scale;          /* [m] */
-} forward_tiles;
+  fa_forward_plan plan;
+  int64_t units; /* tiles at one place of all sequences: (batch, key head, stack) */
+  int tiles_m;
+  char *partials; /* NULL where keys are not split */
+  size_t partial_bytes;
+} forward_shared;
 
-static forward_tiles carve(const fa_problem *p, const fa_tile_ops *ops, int block_m, fa_arena *arena) {
-  size_t real = (size_t)ops->real_bytes, rows = (size_t)block_m, dim_qk = (size_t)fa_pad(p->dim_qk), dim_v = (size_t)fa_pad(p->dim_v);
-  forward_tiles t;
-  t.q = fa_take(arena, rows * dim_qk * real);
-  t.kt = fa_take(arena, (size_t)p->dim_qk * FA_BLOCK_N * real);
-  t.v = fa_take(arena, FA_BLOCK_N * dim_v * real);
-  t.s = fa_take(arena, rows * FA_BLOCK_N * real);
-  t.o = fa_take(arena, rows * dim_v * real);
-  t.dropout = fa_take(arena, FA_BLOCK_N * real);
-  t.m = fa_take(arena, rows * sizeof(double));
-  t.l = fa_take(arena, rows * sizeof(double));
-  t.out_scale = fa_take(arena, rows * sizeof(double));
+static partial_tile carve_partial(const fa_problem *p, const fa_tile_ops *ops, const fa_forward_plan *plan, fa_arena *arena) {
+  size_t rows = (size_t)plan->block_m * (size_t)plan->stack;
+  partial_tile t;
+  t.o = fa_take(arena, rows * (size_t)fa_tile_ld(p->dim_v) * (size_t)ops->real_bytes);
+  t.shift = fa_take(arena, rows * sizeof(double));
+  t.sum = fa_take(arena, rows * sizeof(double));
   return t;
+}
+
+static partial_tile partial_at(const fa_job *job, int64_t tile, int split) {
+  const forward_shared *shared = job->extra;
+  int64_t index = tile * shared->plan.splits + split;
+  fa_arena arena = {shared->partials + (size_t)index * shared->partial_bytes, 0};
+  return carve_partial(job->problem, job->ops, &shared->plan, &arena);
 }
 
 /* Rows that are there but not used: out 0, lse -inf. */
@@ -43,84 +55,110 @@ static void write_padding(const fa_head *head, int start, int end) {
   }
 }
 
-/* Scores of a row -> exponentials, with the row's maximum, sum and output kept in step. */
-static void softmax_row(const fa_head *head, forward_tiles *t, int r, int m0, int n0, int columns) {
-  const fa_tile_ops *ops = head->ops;
-  int dim_v = fa_pad(head->problem->dim_v);
-  void *s = fa_at(ops, t->s, (int64_t)r * FA_BLOCK_N);
-  double largest = ops->row_max(s, columns);
-  if (largest > t->m[r]) {
-    double shrink = exp(t->m[r] - largest); /* 0 at the first visible key */
-    t->l[r] *= shrink;
-    ops->scale_row(fa_at(ops, t->o, (int64_t)r * dim_v), dim_v, shrink);
-    t->m[r] = largest;
-  }
-  /* A row that has seen nothing yet has only -inf scores: any finite shift makes them 0. */
-  t->l[r] += ops->exp_row(s, columns, t->m[r] == -INFINITY ? 0 : t->m[r]);
-  if (head->problem->dropout.p > 0) {
-    fa_dropout_row row = fa_dropout_of(head, m0 + r, n0);
-    ops->dropout_row(&row, t->dropout, columns);
-    ops->multiply_row(s, s, t->dropout, columns);
-  }
-}
-
-/* l -> 1 / l and the log-sum-exp, the sink's logit joining the denominator. */
-static void finish_row(const fa_head *head, forward_tiles *t, int r, int m0) {
-  double m = t->m[r], l = t->l[r], scale = 1;
-  const fa_per_head *sinks = &head->problem->score.sinks;
-  if (sinks->data) {
-    double sink = fa_per_head_value(sinks, head->ops, head->b, head->h);
-    double top = sink > m ? sink : m;
-    if (top > -INFINITY) {
-      scale = exp(m - top);
-      l = l * scale + exp(sink - top);
-      m = top;
-    }
-  }
-  t->out_scale[r] = l == 0 ? 0 : scale / l;
-  if (head->problem->lse.data) fa_set_statistic(head, &head->problem->lse, m0 + r, l == 0 ? -INFINITY : m + log(l));
-}
-
-static void forward_tile(const fa_head *head, forward_tiles *t, int m0, int rows) {
-  const fa_problem *p = head->problem;
-  const fa_tile_ops *ops = head->ops;
-  int dim_qk = fa_pad(p->dim_qk), dim_v = fa_pad(p->dim_v);
-  fa_load_queries(head, &p->q, m0, rows, p->dim_qk, t->q);
-  memset(t->o, 0, (size_t)rows * (size_t)dim_v * (size_t)ops->real_bytes);
-  for (int r = 0; r < rows; r++) {
-    t->m[r] = -INFINITY;
-    t->l[r] = 0;
-  }
-  fa_range keys = fa_key_tiles(head, m0, rows);
-  for (int n0 = keys.lo; n0 < keys.hi; n0 += FA_BLOCK_N) {
-    if (!fa_tile_in_block_mask(head, m0, n0)) continue;
-    int columns = fa_min(FA_BLOCK_N, head->seq.len_k - n0), padded = fa_pad(columns);
-    fa_load_keys_transposed(head, &p->k, n0, columns, p->dim_qk, t->kt);
-    ops->gemm(rows, FA_BLOCK_N, p->dim_qk, t->q, dim_qk, 1, t->kt, FA_BLOCK_N, t->s, FA_BLOCK_N, 0);
-    int partial = fa_score_tile(head, m0, rows, n0, columns, t->s, NULL);
-    for (int r = 0; r < rows; r++) softmax_row(head, t, r, m0, n0, padded);
-    fa_load_keys(head, &p->v, n0, columns, p->dim_v, t->v);
-    if (partial && !ops->all_finite(t->v, (int64_t)columns * dim_v))
-      ops->gemm_skipping_zeros(rows, dim_v, columns, t->s, FA_BLOCK_N, 1, t->v, dim_v, t->o, dim_v);
-    else
-      ops->gemm(rows, dim_v, columns, t->s, FA_BLOCK_N, 1, t->v, dim_v, t->o, dim_v, 1);
-  }
-  for (int r = 0; r < rows; r++) finish_row(head, t, r, m0);
-  ops->store(fa_query_row(head, &p->out, m0), p->dtype, p->out.s, p->out.d, t->o, dim_v, rows, p->dim_v, t->out_scale);
-}
-
-/* Tasks run over query tiles, last (under causal masks: longest) first, then over heads. */
-static void forward_task(int64_t item, int worker, void *context) {
-  const fa_job *job = context;
-  const fa_problem *p = job->problem;
+static fa_forward_tile carve(const fa_job *job, int worker) {
+  const forward_shared *shared = job->extra;
   fa_arena arena = fa_job_scratch(job, worker);
-  forward_tiles tiles = carve(p, job->ops, job->block_m, &arena);
-  int64_t heads = (int64_t)p->batch * p->heads_q, bh = item % heads;
-  int m0 = (job->tiles_m - 1 - (int)(item / heads)) * job->block_m;
-  fa_head head = fa_head_of(p, job->ops, (int)(bh / p->heads_q), (int)(bh % p->heads_q));
-  int end = fa_min(m0 + job->block_m, head.seq.slot_q), rows = fa_min(end, head.seq.len_q) - m0;
-  if (rows > 0) forward_tile(&head, &tiles, m0, rows);
-  write_padding(&head, fa_max(m0, head.seq.len_q), end);
+  return fa_carve_forward_tile(job->problem, job->ops, &shared->plan, &arena, NULL);
+}
+
+/* Finds the heads and rows of a tile: query tiles run slowest, last (under causal masks: longest) first. Returns 1 if rows are used. */
+static int place_tile(const fa_job *job, int64_t tile, fa_forward_tile *t) {
+  const fa_problem *p = job->problem;
+  const forward_shared *shared = job->extra;
+  const fa_forward_plan *plan = &shared->plan;
+  int64_t unit = tile % shared->units, bh = unit / plan->stacks;
+  int first = (int)(unit % plan->stacks) * plan->stack, h = (int)(bh % p->heads_k) * p->group + first;
+  t->count = fa_min(plan->stack, p->group - first);
+  for (int g = 0; g < t->count; g++) t->heads[g] = fa_head_of(p, job->ops, (int)(bh / p->heads_k), h + g);
+  t->m0 = (shared->tiles_m - 1 - (int)(tile / shared->units)) * plan->block_m;
+  t->rows = fa_min(plan->block_m, t->heads->seq.len_q - t->m0);
+  return t->rows > 0;
+}
+
+static void pad_tile(const fa_job *job, const fa_forward_tile *t) {
+  const forward_shared *shared = job->extra;
+  int used = t->heads->seq.len_q, end = fa_min(t->m0 + shared->plan.block_m, t->heads->seq.slot_q);
+  for (int g = 0; g < t->count; g++) write_padding(t->heads + g, fa_max(t->m0, used), end);
+}
+
+static void forward_task(int64_t item, int worker, void *context) {
+  fa_forward_tile t = carve(context, worker);
+  if (place_tile(context, item, &t)) {
+    fa_range keys = fa_key_tiles(t.heads, t.m0, t.rows);
+    fa_begin_forward(&t);
+    for (int n0 = keys.lo; n0 < keys.hi; n0 += FA_BLOCK_N) {
+      fa_ask_for_next_keys(&t, n0 + FA_BLOCK_N, keys.hi);
+      fa_attend_keys(&t, n0);
+    }
+    fa_finish_forward(&t);
+  }
+  pad_tile(context, &t);
+}
+
+/* One range of keys for `together` units that follow each other, tile of keys by tile of keys: heads that lie side by side in memory are
+ * read side by side. */
+static void split_task(int64_t item, int worker, void *context) {
+  const fa_job *job = context;
+  const forward_shared *shared = job->extra;
+  const fa_forward_plan *plan = &shared->plan;
+  fa_arena arena = fa_job_scratch(job, worker);
+  fa_forward_tile tiles[FA_MAX_TOGETHER];
+  fa_range keys[FA_MAX_TOGETHER];
+  int64_t runs = shared->units / plan->together, run = item % runs, place = item / runs / plan->splits;
+  int split = (int)(item / runs % plan->splits), from = split * plan->split_columns, to = from + plan->split_columns;
+  for (int i = 0; i < plan->together; i++) {
+    int64_t tile = place * shared->units + run * plan->together + i;
+    tiles[i] = fa_carve_forward_tile(job->problem, job->ops, plan, &arena, i ? tiles : NULL);
+    keys[i] = (fa_range){0, 0};
+    if (!place_tile(job, tile, tiles + i)) continue;
+    partial_tile part = partial_at(job, tile, split);
+    tiles[i].o = part.o;
+    tiles[i].shift = part.shift;
+    tiles[i].sum = part.sum;
+    keys[i] = fa_key_tiles(tiles[i].heads, tiles[i].m0, tiles[i].rows);
+    keys[i] = (fa_range){fa_max(keys[i].lo, from), fa_min(keys[i].hi, to)};
+    fa_begin_forward(tiles + i);
+  }
+  for (int n0 = from; n0 < to; n0 += FA_BLOCK_N)
+    for (int i = 0; i < plan->together; i++) {
+      int next = (i + 1) % plan->together, its = next ? n0 : n0 + FA_BLOCK_N;
+      if (its >= keys[next].lo) fa_ask_for_next_keys(tiles + next, its, keys[next].hi);
+      if (n0 >= keys[i].lo && n0 < keys[i].hi) fa_attend_keys(tiles + i, n0);
+    }
+}
+
+/* all += part, both relative to the larger of their shifts. A range without a visible key has shift -inf and sum 0. */
+static void add_partial(const fa_tile_ops *ops, const partial_tile *all, const partial_tile *part, int rows, int ld) {
+  for (int row = 0; row < rows; row++) {
+    double top = part->shift[row] > all->shift[row] ? part->shift[row] : all->shift[row];
+    if (part->sum[row] == 0) continue;
+    double mine = exp2(all->shift[row] - top), its = exp2(part->shift[row] - top);
+    void *o = fa_at(ops, all->o, (int64_t)row * ld), *add = fa_at(ops, part->o, (int64_t)row * ld);
+    ops->scale_row(o, ld, mine);
+    ops->scale_row(add, ld, its);
+    ops->add_row(o, add, ld);
+    all->sum[row] = all->sum[row] * mine + part->sum[row] * its;
+    all->shift[row] = top;
+  }
+}
+
+/* The first range takes up the others, in order. */
+static void combine_task(int64_t item, int worker, void *context) {
+  const fa_job *job = context;
+  const forward_shared *shared = job->extra;
+  fa_forward_tile t = carve(job, worker);
+  if (place_tile(job, item, &t)) {
+    partial_tile all = partial_at(job, item, 0);
+    for (int split = 1; split < shared->plan.splits; split++) {
+      partial_tile part = partial_at(job, item, split);
+      add_partial(job->ops, &all, &part, t.rows * t.count, fa_tile_ld(job->problem->dim_v));
+    }
+    t.o = all.o;
+    t.shift = all.shift;
+    t.sum = all.sum;
+    fa_finish_forward(&t);
+  }
+  pad_tile(job, &t);
 }
 
 /* Tokens behind the last sequence of a packed batch belong to nobody, and are written all the same. */
@@ -134,13 +172,44 @@ static void write_slack(const fa_problem *p, const fa_tile_ops *ops) {
   }
 }
 
+static forward_shared share(const fa_problem *p, const fa_tile_ops *ops) {
+  forward_shared shared = {.plan = fa_forward_plan_of(p)};
+  fa_arena one = {NULL, 0};
+  carve_partial(p, ops, &shared.plan, &one);
+  shared.partial_bytes = one.used;
+  shared.units = (int64_t)p->batch * p->heads_k * shared.plan.stacks;
+  shared.tiles_m = fa_ceil_div(p->seqlen_q, shared.plan.block_m);
+  return shared;
+}
+
+size_t fa_cpu_forward_workspace(const fa_problem *p, const fa_tile_ops *ops) {
+  forward_shared shared = share(p, ops);
+  return shared.plan.splits == 1 ? 0 : (size_t)(shared.units * shared.tiles_m * shared.plan.splits) * shared.partial_bytes;
+}
+
+static fa_code run_split(fa_job *job, forward_shared *shared, fa_error *error) {
+  int64_t tiles = shared->units * shared->tiles_m;
+  size_t bytes = fa_cpu_forward_workspace(job->problem, job->ops);
+  fa_arena count = {NULL, 0};
+  for (int i = 0; i < shared->plan.together; i++) fa_carve_forward_tile(job->problem, job->ops, &shared->plan, &count, NULL);
+  shared->partials = aligned_alloc(64, bytes);
+  if (!shared->partials) return fa_fail(error, FA_ERR_MEMORY, "cannot allocate %zu bytes of workspace", bytes);
+  fa_code code = fa_job_run(job, count.used, tiles / shared->plan.together * shared->plan.splits, split_task, error);
+  if (code == FA_OK) code = fa_job_run(job, count.used, tiles, combine_task, error);
+  free(shared->partials);
+  return code;
+}
+
 fa_code fa_cpu_forward(const fa_problem *p, fa_error *error) {
   fa_job job;
   fa_code code = fa_job_init(&job, p, error);
   if (code != FA_OK) return code;
+  forward_shared shared = share(p, job.ops);
   fa_arena count = {NULL, 0};
-  carve(p, job.ops, job.block_m, &count);
-  code = fa_job_run(&job, count.used, (int64_t)p->batch * p->heads_q * job.tiles_m, forward_task, error);
+  job.extra = &shared;
+  fa_carve_forward_tile(p, job.ops, &shared.plan, &count, NULL);
+  code = shared.plan.splits > 1 ? run_split(&job, &shared, error)
+                                : fa_job_run(&job, count.used, shared.units * shared.tiles_m, forward_task, error);
   if (code != FA_OK) return code;
   write_slack(p, job.ops);
   return p->probs.data ? fa_cpu_probs(p, error) : FA_OK;

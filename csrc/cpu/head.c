@@ -1,6 +1,10 @@
 /* head.c: see head.h. */
 #include "head.h"
 
+#define LOG2_E 1.4426950408889634074
+
+enum { SLICE_ROWS = 24 }; /* rows of a patch: blocks of gemm in every tier, few enough to follow a diagonal */
+
 double fa_per_head_value(const fa_per_head *t, const fa_tile_ops *ops, int b, int h) {
   double as_f64 = 0;
   float as_f32 = 0;
@@ -13,6 +17,9 @@ double fa_per_head_value(const fa_per_head *t, const fa_tile_ops *ops, int b, in
 fa_head fa_head_of(const fa_problem *problem, const fa_tile_ops *ops, int b, int h) {
   fa_head head = {.problem = problem, .ops = ops, .b = b, .h = h, .h_k = h / problem->group, .seq = fa_sequence_of(problem, b)};
   head.slope = fa_per_head_value(&problem->score.alibi, ops, b, h);
+  head.plain = problem->score.scale > 0 && problem->score.softcap == 0 && !problem->score.alibi.data && !problem->score.bias.data &&
+               !problem->visibility.mask.data; /* a mask gives bitwise what a bias of -inf gives */
+  head.to_log2 = LOG2_E * (head.plain ? problem->score.scale : 1);
   if (problem->dropout.p > 0) {
     uint64_t seed = problem->dropout.seed, offset = problem->dropout.offset;
     if (problem->dropout.state) {
@@ -53,16 +60,38 @@ void fa_set_statistic(const fa_head *head, const fa_view *view, int row, double 
     *(float *)at = (float)value;
 }
 
+void fa_load_query_rows(const fa_head *head, const fa_view *view, int start, int rows, int dim, void *tile, int ld) {
+  head->ops->load(tile, ld, fa_query_row(head, view, start), head->problem->dtype, view->s, view->d, rows, dim);
+}
+
+void fa_load_key_rows(const fa_head *head, const fa_view *view, int start, int rows, int dim, void *tile, int ld) {
+  head->ops->load(tile, ld, fa_key_row(head, view, start), head->problem->dtype, view->s, view->d, rows, dim);
+}
+
+static void ask_for_rows(const fa_head *head, const fa_view *view, const char *first, int rows, int dim) {
+  int64_t element = fa_dtype_bytes(head->problem->dtype);
+  for (int r = 0; r < rows && view->d == 1; r++)
+    for (int64_t at = 0; at < dim * element; at += 64) __builtin_prefetch(first + r * view->s * element + at, 0, 2);
+}
+
+void fa_ask_for_queries(const fa_head *head, const fa_view *view, int start, int rows, int dim) {
+  ask_for_rows(head, view, fa_query_row(head, view, start), fa_min(rows, head->seq.len_q - start), dim);
+}
+
+void fa_ask_for_keys(const fa_head *head, const fa_view *view, int start, int rows, int dim) {
+  ask_for_rows(head, view, fa_key_row(head, view, start), fa_min(rows, head->seq.len_k - start), dim);
+}
+
 void fa_load_queries(const fa_head *head, const fa_view *view, int start, int rows, int dim, void *tile) {
-  head->ops->load(tile, fa_pad(dim), fa_query_row(head, view, start), head->problem->dtype, view->s, view->d, rows, dim);
+  fa_load_query_rows(head, view, start, rows, dim, tile, fa_pad(dim));
 }
 
 void fa_load_keys(const fa_head *head, const fa_view *view, int start, int rows, int dim, void *tile) {
-  head->ops->load(tile, fa_pad(dim), fa_key_row(head, view, start), head->problem->dtype, view->s, view->d, rows, dim);
+  fa_load_key_rows(head, view, start, rows, dim, tile, fa_pad(dim));
 }
 
 void fa_load_keys_transposed(const fa_head *head, const fa_view *view, int start, int rows, int dim, void *tile) {
-  head->ops->load_transposed(tile, FA_BLOCK_N, fa_key_row(head, view, start), head->problem->dtype, view->s, view->d, rows, dim);
+  head->ops->load_transposed(tile, FA_BLOCK_LD, fa_key_row(head, view, start), head->problem->dtype, view->s, view->d, rows, dim);
 }
 
 fa_range fa_key_tiles(const fa_head *head, int m0, int rows) {
@@ -83,11 +112,13 @@ static const void *grid_at(const fa_head *head, const fa_grid *grid, int m, int 
   return (const char *)grid->data + (head->b * grid->b + head->h * grid->h + m * grid->m + n * grid->n) * fa_dtype_bytes(grid->dtype);
 }
 
-int fa_score_tile(const fa_head *head, int m0, int rows, int n0, int columns, void *s, void *softcap_factor) {
+/* `count` columns of a tile's rows from key n0 on, of which `columns` are there; products have still to be multiplied by scale. */
+static int score_rows(const fa_head *head, double scale, int m0, int rows, int n0, int columns, int count, int ld, void *s,
+                      void *softcap_factor) {
   const fa_problem *p = head->problem;
   const fa_rule rule = p->visibility.rule;
   const fa_grid *bias = &p->score.bias, *mask = &p->visibility.mask;
-  fa_score_row row = {.scale = p->score.scale, .softcap = p->score.softcap, .slope = head->slope};
+  fa_score_row row = {.scale = scale, .softcap = p->score.softcap, .slope = head->slope};
   int partial = bias->data || mask->data;
   row.bias_dtype = bias->dtype;
   row.bias_stride = bias->n;
@@ -100,10 +131,40 @@ int fa_score_tile(const fa_head *head, int m0, int rows, int n0, int columns, vo
     row.bias = grid_at(head, bias, i, n0);
     row.mask = grid_at(head, mask, i, n0);
     partial |= row.lo > 0 || row.hi < columns;
-    head->ops->score_row(&row, fa_at(head->ops, s, (int64_t)r * FA_BLOCK_N), FA_BLOCK_N,
-                         softcap_factor ? fa_at(head->ops, softcap_factor, (int64_t)r * FA_BLOCK_N) : NULL);
+    head->ops->score_row(&row, fa_at(head->ops, s, (int64_t)r * ld), count,
+                         softcap_factor ? fa_at(head->ops, softcap_factor, (int64_t)r * ld) : NULL);
   }
   return partial;
+}
+
+int fa_score_tile(const fa_head *head, int m0, int rows, int n0, int columns, void *s, void *softcap_factor) {
+  return score_rows(head, head->problem->score.scale, m0, rows, n0, columns, FA_BLOCK_N, FA_BLOCK_N, s, softcap_factor);
+}
+
+/* True when every pair of rows [m0, m0 + rows) and keys [n0, n0 + count) is visible by position. */
+static int all_visible(const fa_head *head, int m0, int rows, int n0, int count) {
+  fa_range keys = fa_unmasked_keys(head->problem->visibility.rule, head->seq.len_q, head->seq.len_k, m0, m0 + rows);
+  return keys.lo <= n0 && keys.hi >= n0 + count;
+}
+
+int fa_next_patch(const fa_head *head, int m0, int rows, int n0, int columns, fa_patch *patch) {
+  for (int row = patch->row + patch->rows, step; row < rows; row += step) {
+    step = fa_min(FA_PATCH_ROWS, rows - row);
+    *patch = (fa_patch){row, step, 0, fa_pad(columns)};
+    if (all_visible(head, m0 + row, step, n0, columns)) return 1;
+    step = patch->rows = fa_min(SLICE_ROWS, rows - row);
+    fa_range keys = fa_visited_keys(head->problem->visibility.rule, head->seq.len_q, head->seq.len_k, m0 + row, m0 + row + step);
+    patch->lo = fa_max(keys.lo - n0, 0) / FA_TILE_PAD * FA_TILE_PAD;
+    patch->hi = fa_pad(fa_min(keys.hi - n0, columns));
+    if (patch->lo < patch->hi) return 1;
+  }
+  return 0;
+}
+
+int fa_score_patch(const fa_head *head, int m0, int n0, int columns, const fa_patch *patch, void *s, void *softcap_factor) {
+  int m = m0 + patch->row, n = n0 + patch->lo, count = patch->hi - patch->lo, there = columns - patch->lo;
+  if (head->plain && count <= there && all_visible(head, m, patch->rows, n, count)) return 0;
+  return score_rows(head, head->plain ? 1 : head->problem->score.scale, m, patch->rows, n, there, count, FA_BLOCK_LD, s, softcap_factor);
 }
 
 fa_dropout_row fa_dropout_of(const fa_head *head, int m, int n0) {

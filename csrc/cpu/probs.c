@@ -16,8 +16,8 @@ static probs_tiles carve(const fa_problem *p, const fa_tile_ops *ops, int block_
   size_t real = (size_t)ops->real_bytes, rows = (size_t)block_m;
   probs_tiles t;
   t.q = fa_take(arena, rows * (size_t)fa_pad(p->dim_qk) * real);
-  t.kt = fa_take(arena, (size_t)p->dim_qk * FA_BLOCK_N * real);
-  t.s = fa_take(arena, rows * FA_BLOCK_N * real);
+  t.kt = fa_take(arena, (size_t)p->dim_qk * FA_BLOCK_LD * real);
+  t.s = fa_take(arena, rows * FA_BLOCK_LD * real);
   t.multiplier = fa_take(arena, FA_BLOCK_N * real);
   t.m = fa_take(arena, rows * sizeof(double));
   return t;
@@ -26,8 +26,8 @@ static probs_tiles carve(const fa_problem *p, const fa_tile_ops *ops, int block_
 static void score_tile(const fa_head *head, probs_tiles *t, int m0, int rows, int n0, int columns) {
   const fa_problem *p = head->problem;
   fa_load_keys_transposed(head, &p->k, n0, columns, p->dim_qk, t->kt);
-  head->ops->gemm(rows, FA_BLOCK_N, p->dim_qk, t->q, fa_pad(p->dim_qk), 1, t->kt, FA_BLOCK_N, t->s, FA_BLOCK_N, 0);
-  fa_score_tile(head, m0, rows, n0, columns, t->s, NULL);
+  head->ops->gemm(rows, FA_BLOCK_N, p->dim_qk, t->q, fa_pad(p->dim_qk), 1, t->kt, FA_BLOCK_LD, t->s, FA_BLOCK_LD, 0);
+  fa_score_patch(head, m0, n0, columns, &(fa_patch){0, rows, 0, FA_BLOCK_N}, t->s, NULL);
 }
 
 static void *probs_at(const fa_head *head, int64_t m, int64_t n) {
@@ -38,8 +38,9 @@ static void *probs_at(const fa_head *head, int64_t m, int64_t n) {
 static void write_row(const fa_head *head, probs_tiles *t, int r, int m0, int n0, int columns) {
   const fa_tile_ops *ops = head->ops;
   const fa_problem *p = head->problem;
-  void *s = fa_at(ops, t->s, (int64_t)r * FA_BLOCK_N);
-  ops->exp_row(s, FA_BLOCK_N, t->m[r] == -INFINITY ? 0 : t->m[r]);
+  void *s = fa_at(ops, t->s, (int64_t)r * FA_BLOCK_LD);
+  double shift = t->m[r] == -INFINITY ? INFINITY : t->m[r] * head->to_log2;
+  ops->weights_tile(1, FA_BLOCK_N, s, head->to_log2, &shift, NULL);
   if (p->dropout.p > 0) {
     fa_dropout_row row = fa_dropout_of(head, m0 + r, n0);
     ops->dropout_row(&row, t->multiplier, FA_BLOCK_N);
@@ -68,7 +69,7 @@ static void probs_task(int64_t item, int worker, void *context) {
       score_tile(&head, &t, m0, rows, n0, columns);
       for (int r = 0; r < rows; r++) {
         if (pass == 0)
-          t.m[r] = fmax(t.m[r], job->ops->row_max(fa_at(job->ops, t.s, (int64_t)r * FA_BLOCK_N), FA_BLOCK_N));
+          t.m[r] = fmax(t.m[r], job->ops->row_max(fa_at(job->ops, t.s, (int64_t)r * FA_BLOCK_LD), FA_BLOCK_N));
         else
           write_row(&head, &t, r, m0, n0, columns);
       }

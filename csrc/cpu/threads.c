@@ -238,3 +238,9 @@ void fa_parallel(int64_t items, int workers, void (*fn)(int64_t item, int worker
   }
   work(&l, 0);
 }
+
+/* Short waits are the rule, so look a while before giving the core away: it may be the one that the other thread needs. */
+void fa_wait_above(atomic_int *value, int limit) {
+  for (int looks = 0; atomic_load_explicit(value, memory_order_acquire) <= limit; looks++)
+    if (looks >= 2000) sched_yield();
+}

@@ -7,9 +7,10 @@
 #include <string.h>
 
 #include "../core/error.h"
+#include "amx.h"
 #include "cpuid.h"
 
-#define FA_TIER(name, needs) extern const fa_tier fa_tier_##name;
+#define FA_TIER(name, needs, loops) extern const fa_tier fa_tier_##loops;
 #include "tiers.def"
 #undef FA_TIER
 
@@ -18,7 +19,7 @@ static const struct {
   fa_cpu_feature needs;
   const fa_tier *tier;
 } rows[] = {
-#define FA_TIER(name, needs) {#name, needs, &fa_tier_##name},
+#define FA_TIER(name, needs, loops) {#name, needs, &fa_tier_##loops},
 #include "tiers.def"
 #undef FA_TIER
 };
@@ -54,15 +55,26 @@ static fa_code choose(int *row, fa_error *error) {
   return fa_fail(error, FA_ERR_RUNTIME, "FLASH_ATTN_C_CPU: '%s' is not a tier that this machine can run; it can run %s", wanted, usable);
 }
 
-fa_code fa_cpu_tier(const fa_tier **tier, const char **name, fa_error *error) {
+static fa_code chosen_row(int *row, fa_error *error) {
   static atomic_int chosen = -1; /* two threads may both choose; they choose the same */
-  int row = atomic_load_explicit(&chosen, memory_order_relaxed);
-  if (row < 0) {
-    fa_code code = choose(&row, error);
-    if (code != FA_OK) return code;
-    atomic_store_explicit(&chosen, row, memory_order_relaxed);
-  }
+  *row = atomic_load_explicit(&chosen, memory_order_relaxed);
+  if (*row >= 0) return FA_OK;
+  fa_code code = choose(row, error);
+  if (code == FA_OK) atomic_store_explicit(&chosen, *row, memory_order_relaxed);
+  return code;
+}
+
+fa_code fa_cpu_tier(const fa_tier **tier, const char **name, fa_error *error) {
+  int row;
+  fa_code code = chosen_row(&row, error);
+  if (code != FA_OK) return code;
   *tier = rows[row].tier;
   if (name) *name = rows[row].name;
   return FA_OK;
+}
+
+int fa_cpu_uses_amx(void) {
+  fa_error unread;
+  int row;
+  return chosen_row(&row, &unread) == FA_OK && rows[row].needs == FA_CPU_AMX;
 }

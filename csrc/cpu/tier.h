@@ -14,8 +14,9 @@
 /* Every leading dimension, and so every n of gemm, is a multiple of this many elements; tiles are zero-filled up to it. */
 enum { FA_TILE_PAD = 16 };
 
-/* Keys of a tile. 64, so that a block mask (multiples of 64) never cuts one. */
-enum { FA_BLOCK_N = 64 };
+/* Keys of a tile. 64, so that a block mask (multiples of 64) never cuts one. Score tiles and transposed keys have 64 columns, and rows
+ * FA_BLOCK_LD elements apart: an odd number of FA_TILE_PAD, so that a column does not fall into a few sets of the cache. */
+enum { FA_BLOCK_N = 64, FA_BLOCK_LD = FA_BLOCK_N + FA_TILE_PAD };
 
 /* How the raw products of one row of a score tile become scores. Columns count from the tile's first key. */
 typedef struct {
@@ -47,6 +48,9 @@ typedef struct {
   void (*gemm_skipping_zeros)(int m, int n, int k, const void *a, ptrdiff_t a_row, ptrdiff_t a_col, const void *b, ptrdiff_t b_row, void *c,
                               ptrdiff_t c_row);
 
+  /* c[m][n] = sum over k of a[m][k] * b[n][k] for few rows of a: b is read once, as it lies. k is a multiple of FA_TILE_PAD; n of any size. */
+  void (*dots)(int m, int n, int k, const void *a, ptrdiff_t a_row, const void *b, ptrdiff_t b_row, void *c, ptrdiff_t c_row);
+
   /* rows x columns elements of any dtype and strides -> dst[row][column], zero up to ld. */
   void (*load)(void *dst, int ld, const void *src, fa_dtype dtype, int64_t row_stride, int64_t column_stride, int rows, int columns);
   /* The same, transposed: dst[column][row], zero from rows up to ld. */
@@ -57,17 +61,25 @@ typedef struct {
                 const double *row_scale);
   int (*all_finite)(const void *tile, int64_t count);
 
-  /* One row of a tile; count is a multiple of FA_TILE_PAD. */
+  /* Rows FA_BLOCK_LD elements apart; count is a multiple of FA_TILE_PAD. */
+
+  /* s = 2^(s * to_log2 - shift[row]), its sum added to sum[row]. Where a row's maximum demands it, its shift is raised first, and its sum
+   * and its row of out (out_ld elements) shrink accordingly. A new row starts with shift -inf and sum 0. */
+  void (*softmax_tile)(int rows, int count, void *s, double to_log2, double *shift, double *sum, void *out, int out_ld);
+  /* The same for a shift that is known: +inf makes a row 0. sum[row] is set; sum may be NULL. */
+  void (*weights_tile)(int rows, int count, void *s, double to_log2, const double *shift, double *sum);
+  /* ds = p == 0 ? 0 : p * (ds - delta[row]) */
+  void (*gradient_tile)(int rows, int count, void *ds, const void *p, const double *delta);
+
+  /* One row of a tile. */
   void (*score_row)(const fa_score_row *row, void *s, int count, void *softcap_factor); /* factor: ds/d(uncapped), may be NULL */
   double (*row_max)(const void *s, int count);
-  double (*exp_row)(void *s, int count, double shift); /* s = exp(s - shift); returns the sum */
   void (*scale_row)(void *s, int count, double factor);
   double (*dot_row)(const void *a, const void *b, int count);
   void (*multiply_row)(void *out, const void *a, const void *b, int count);
-  void (*dropout_row)(const fa_dropout_row *row, void *multiplier, int count);            /* 0 where dropped, else keep_scale */
-  void (*signs_row)(void *s, const void *multiplier, int count);                          /* s gets the sign bit where multiplier is 0 */
-  void (*gradient_row)(void *ds, const void *p, const void *dp, double delta, int count); /* p == 0 ? 0 : p * (dp - delta) */
-  double (*distance_sum)(const void *ds, int count, int diagonal);                        /* sum of ds * |diagonal - column| */
+  void (*dropout_row)(const fa_dropout_row *row, void *multiplier, int count); /* 0 where dropped, else keep_scale */
+  void (*signs_row)(void *s, const void *multiplier, int count);               /* s gets the sign bit where multiplier is 0 */
+  double (*distance_sum)(const void *ds, int count, int diagonal);             /* sum of ds * |diagonal - column| */
   void (*add_row)(void *out, const void *in, int count);
   double (*row_sum)(const void *s, int count);
 } fa_tile_ops;
@@ -89,5 +101,8 @@ static inline void *fa_at(const fa_tile_ops *ops, const void *tile, int64_t elem
 }
 
 static inline int fa_pad(int count) { return (count + FA_TILE_PAD - 1) / FA_TILE_PAD * FA_TILE_PAD; }
+
+/* The distance of rows of `dim` columns, for the same reason as FA_BLOCK_LD. */
+static inline int fa_tile_ld(int dim) { return (fa_pad(dim) / FA_TILE_PAD | 1) * FA_TILE_PAD; }
 
 #endif

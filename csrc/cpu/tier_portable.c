@@ -2,6 +2,7 @@
 #define VECTOR_BYTES 16
 #define GEMM_ROWS 4
 #define GEMM_VECTORS 2
+#define SIMD_HEADER "simd_plain.h"
 #include "tier_types.h"
 
 const fa_tier fa_tier_portable = {&ops_f32, &ops_f64};

@@ -1,5 +1,5 @@
-/* tier_types.h: builds one tier: tier_body.h in float and in double. Included once by each tier file, after it has set the compiler's
- * target, VECTOR_BYTES and the register block of gemm. */
+/* tier_types.h: builds one tier: its inner loops in float and in double. Included once by each tier file, after it has set the compiler's
+ * target, VECTOR_BYTES, the register block of gemm, and SIMD_HEADER with the few things that vector extensions cannot say. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -9,45 +9,78 @@
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
-/* Polynomials for e^r on [-ln 2 / 2, ln 2 / 2], minimax: relative error 2e-9 and 3e-18. */
+/* Vectors are the compiler's own, so that one text serves SSE2, AVX2, AVX-512 and NEON. loose: as it lies in memory. */
+#define TIER_VECTORS(suffix, real, integer)                                                                     \
+  typedef real vec_##suffix __attribute__((vector_size(VECTOR_BYTES)));                                         \
+  typedef integer ivec_##suffix __attribute__((vector_size(VECTOR_BYTES)));                                     \
+  typedef real loose_vec_##suffix __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias)); \
+  ALWAYS_INLINE vec_##suffix splat_##suffix(real x) { return x - (vec_##suffix){0}; }                           \
+  /* where condition lanes are -1, a; where 0, b */                                                             \
+  ALWAYS_INLINE vec_##suffix select_##suffix(ivec_##suffix condition, vec_##suffix a, vec_##suffix b) {         \
+    return (vec_##suffix)((condition & (ivec_##suffix)a) | (~condition & (ivec_##suffix)b));                    \
+  }
+TIER_VECTORS(f32, float, int32_t)
+TIER_VECTORS(f64, double, int64_t)
+#include SIMD_HEADER
+
+/* Dense rows of float16 through the tier's own conversion; they return how many elements that was. */
+ALWAYS_INLINE int load_halves(float *dst, const uint16_t *src, int count) {
+  int i = 0;
+  (void)dst, (void)src;
+  for (; HALVES && i + HALVES <= count; i += HALVES) LOAD_HALVES(dst + i, src + i);
+  return i;
+}
+
+ALWAYS_INLINE int store_halves(uint16_t *dst, const float *src, float scale, int count) {
+  int i = 0;
+  (void)dst;
+  for (; HALVES && i + HALVES <= count; i += HALVES) {
+    vec_f32 scaled = *(const loose_vec_f32 *)(src + i) * splat_f32(scale);
+    STORE_HALVES(dst + i, scaled);
+  }
+  return i;
+}
+
+#define VEC FN(vec)
+#define IVEC FN(ivec)
+#define LANES (VECTOR_BYTES * 8 / REAL_BITS)
+#define LOAD(p) ((VEC) * (const FN(loose_vec) *)(p))
+#define STORE(p, v) (*(FN(loose_vec) *)(p) = (v))
+
+/* 2^r on [-1/2, 1/2] by minimax polynomials: relative error 1.5e-7 and 3e-18. EXP2_MAGIC is 1.5 * 2^MANTISSA_BITS + the exponent's bias. */
 #define FN(name) name##_f32
 #define REAL float
 #define REAL_BITS 32
-#define REAL_INT int32_t
-#define EXP_LOW (-87.0f)
-#define EXP_HIGH 88.0f
-#define EXP_COEFFICIENTS 1.0f, 1.0000000377f, 0.50000000471f, 0.16666415415f, 0.041666352771f, 0.0083751347746f, 0.0013941118896f
-#define ROUND_MAGIC 12582912.0f
-#define LN2_HIGH 0.693145751953125f
-#define LN2_LOW 1.42860682030941723212e-6f
-#define EXPONENT_BIAS 127
+#define EXP2_LOW (-127.0f)
+#define EXP2_HIGH 127.0f
+#define EXP2_COEFFICIENTS 1.0f, 0.693146967f, 0.240221197f, 0.0555071327f, 0.00967554133f, 0.00132764720f
+#define EXP2_MAGIC 12583039.0f
 #define MANTISSA_BITS 23
-#include "tier_body.h"
+#include "tier_gemm.h"
+#include "tier_memory.h"
+#include "tier_softmax.h"
+#include "tier_rows.h"
 #undef FN
 #undef REAL
 #undef REAL_BITS
-#undef REAL_INT
-#undef EXP_LOW
-#undef EXP_HIGH
-#undef EXP_COEFFICIENTS
-#undef ROUND_MAGIC
-#undef LN2_HIGH
-#undef LN2_LOW
-#undef EXPONENT_BIAS
+#undef EXP2_LOW
+#undef EXP2_HIGH
+#undef EXP2_COEFFICIENTS
+#undef EXP2_MAGIC
 #undef MANTISSA_BITS
 
 #define FN(name) name##_f64
 #define REAL double
 #define REAL_BITS 64
-#define REAL_INT int64_t
-#define EXP_LOW (-708.0)
-#define EXP_HIGH 709.0
-#define EXP_COEFFICIENTS                                                                                                               \
-  1.0, 1.0, 0.50000000000000184039, 0.1666666666666668082, 0.04166666666648795252, 0.0083333333333195896163, 0.0013888888952352862866, \
-      0.00019841269890076402829, 0.000024801485441561312966, 2.7557240887229868596e-6, 2.763265472252779189e-7, 2.5110049204818659793e-8
-#define ROUND_MAGIC 6755399441055744.0
-#define LN2_HIGH 0.69314718036912381649
-#define LN2_LOW 1.9082149292705877e-10
-#define EXPONENT_BIAS 1023
+#define EXP2_LOW (-1023.0)
+#define EXP2_HIGH 1023.0
+#define EXP2_COEFFICIENTS                                                                                                               \
+  1.0, 0.69314718055994528623, 0.24022650695910161001, 0.055504108664821617813, 0.0096181291075872234198, 0.0013333558146406449159,     \
+      0.00015403530463766593509, 1.525273384157928576e-5, 1.3215432514189645726e-6, 1.0178057077155053298e-7, 7.0741981587913430311e-9, \
+      4.4558199665721398587e-10
+#define EXP2_MAGIC 6755399441056767.0
 #define MANTISSA_BITS 52
-#include "tier_body.h"
+#include "tier_gemm.h"
+#include "tier_memory.h"
+#include "tier_softmax.h"
+#include "tier_rows.h"

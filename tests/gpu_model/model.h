@@ -187,11 +187,6 @@ static inline float cvt_f32_f16(uint16_t x) { return fa_from_f16(x); }
 static inline uint32_t cvt_rn_f16x2(float high, float low) { return (uint32_t)fa_to_f16(high) << 16 | fa_to_f16(low); }
 static inline uint32_t cvt_rn_bf16x2(float high, float low) { return (uint32_t)fa_to_bf16(high) << 16 | fa_to_bf16(low); }
 
-static inline uint32_t cvt_rna_tf32(float x) {
-  uint32_t u = __float_as_uint(x);
-  return (u & 0x7F800000u) == 0x7F800000u ? u : (u + 0x1000u) & 0xFFFFE000u;
-}
-
 /* ---- ptx_bwd.h, as before sm_90 ---- */
 
 #define FA_VECTOR_RED 0

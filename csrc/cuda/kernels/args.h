@@ -35,6 +35,7 @@ typedef struct {
 typedef struct {
   const int *data;
   int64_t stride;
+  int64_t most; /* of cu_*: positions that the tensor holds; what the device says is cut down to them */
 } fa_arg_ints;
 
 /* The problem, the same for every kernel of a call. */

@@ -22,7 +22,7 @@
  * Order of work:
  *   STAGES 1, 2  walk_in_turn: scores, barrier, products, barrier. With two stages Q and dO of the next tile are requested (cp.async)
  *                behind the barrier that ends a tile and have a whole step to arrive; with one stage at the end of the step.
- *   STAGES 3     walk_overlapped: scores of tile t + 1 and products of tile t between the same two barriers; half of the warps begin
+ *   STAGES 3     walk_overlapped: scores of tile t and products of tile t - 1 between the same two barriers; half of the warps begin
  *                with the one, half with the other, so that the tensor cores have work while exponentials are taken.
  *
  * Registers a thread: dK and dV take BLOCK_N * (HEAD_DIM + DIM_V) / THREADS, S and dP 2 * BLOCK_M * BLOCK_N / THREADS, dQ reuses the
@@ -34,6 +34,7 @@
  * ALIGNED, SCORE, DROPOUT, ADD_DQ (0: dQ is left to bwd_rows_sm80.cu or not wanted).
  */
 #define REAL float
+#define STEP_UNROLL (DTYPE == 1 ? 2 : 4) /* fp32: more of them side by side take registers that dK and dV need */
 
 #include "dq_sum.h"
 #include "gradient_mma.h"
@@ -295,13 +296,13 @@ FA_INLINE void walk_in_turn(warp_sums *sums, const fa_gradient_args *args, const
   }
 }
 
-/* The same with P and dS of tile t + 1 beside the products of tile t. One barrier a tile. */
+/* The same with P and dS of tile t beside the products of tile t - 1. One barrier a tile. */
 FA_INLINE void walk_overlapped(warp_sums *sums, const fa_gradient_args *args, cta_work *work, const shared_map *smem) {
   const fa_arg_problem *p = &args->problem;
   const fa_tile *tile = &work->tile;
-  int products_first = threadIdx.x / 32 >= WARPS / 2, end = work->heads_end;
+  int products_first = threadIdx.x / 32 >= WARPS / 2, end = work->heads_end, poisoned = 0;
   query_tile walk = {work->first_head, work->rows.lo - BLOCK_M};
-#pragma unroll
+#pragma unroll 1
   for (int t = 0; t < 2; t++) {
     if (walk.h < end) next_tile(&walk, p, work);
     if (threadIdx.x == 0) work->queue[t] = walk;
@@ -309,30 +310,32 @@ FA_INLINE void walk_overlapped(warp_sums *sums, const fa_gradient_args *args, ct
     if (walk.h < end) load_query_side(args, tile, smem, &walk, t);
     cp_async_commit_group();
   }
-  cp_async_wait_group(1);
-  __syncthreads(); /* the first tile has landed, and the queue's first two entries are there, for all */
-  if (work->queue[0].h == end) return;
-  fa_gradient_head head = fa_gradient_of_head(p, tile, work->queue[0].h);
-  int poisoned = gradient_tile(args, &head, tile, smem, work->queue[0].m0, 0, 0);
-
+  fa_gradient_head head;
+  head.h = -1;
 #pragma unroll 1
-  for (int t = 0; work->queue[t & 3].h < end; t++) {
-    if (walk.h < end) next_tile(&walk, p, work);
-    if (threadIdx.x == 0) work->queue[(t + 2) & 3] = walk;
-    cp_async_wait_group(0);
-    /* P and dS of tile t are complete, tile t + 1 has landed, and all warps are done with the products of tile t - 1. */
+  for (int t = 0; t == 0 || work->queue[(t - 1) & 3].h < end; t++) {
+    if (t == 0) {
+      cp_async_wait_group(1);
+    } else {
+      if (walk.h < end) next_tile(&walk, p, work);
+      if (threadIdx.x == 0) work->queue[(t + 1) & 3] = walk;
+      cp_async_wait_group(0);
+    }
+    /* P and dS of tile t - 1 are complete, tile t has landed, and all warps are done with the products of tile t - 2. */
     poisoned = __syncthreads_or(poisoned);
-    if (walk.h < end) load_query_side(args, tile, smem, &walk, (t + 2) % 3);
+    if (t > 0 && walk.h < end) load_query_side(args, tile, smem, &walk, (t + 1) % 3);
     cp_async_commit_group();
     int poisoned_ahead = 0;
 #pragma unroll 1
     for (int half = 0; half < 2; half++) {
+      const query_tile *done = &work->queue[(t - 1) & 3], *ahead = &work->queue[t & 3];
       if (half == !products_first) {
-        accumulate(sums, smem, t % 3, t & 1, poisoned);
-        if (ADD_DQ) add_dq(args, tile, work->queue[t & 3].h, smem, work->queue[t & 3].m0, t & 1, poisoned);
-      } else if (work->queue[(t + 1) & 3].h < end) {
-        if (work->queue[(t + 1) & 3].h != head.h) head = fa_gradient_of_head(p, tile, work->queue[(t + 1) & 3].h);
-        poisoned_ahead = gradient_tile(args, &head, tile, smem, work->queue[(t + 1) & 3].m0, (t + 1) % 3, (t + 1) & 1);
+        if (t == 0) continue;
+        accumulate(sums, smem, (t + 2) % 3, (t + 1) & 1, poisoned);
+        if (ADD_DQ) add_dq(args, tile, done->h, smem, done->m0, (t + 1) & 1, poisoned);
+      } else if (ahead->h < end) {
+        if (ahead->h != head.h) head = fa_gradient_of_head(p, tile, ahead->h);
+        poisoned_ahead = gradient_tile(args, &head, tile, smem, ahead->m0, t % 3, t & 1);
       }
     }
     poisoned = poisoned_ahead;

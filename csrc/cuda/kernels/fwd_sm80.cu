@@ -33,6 +33,7 @@
  * any of softcap, bias, mask, ALiBi, a scale that is not positive), DROPOUT, BLOCK_MASK.
  */
 #define REAL float
+#define STEP_UNROLL (DTYPE == 1 ? 2 : 64) /* fp32: more of them side by side take registers that O needs */
 
 #include "mma.h"
 #include "score.h"
@@ -61,9 +62,12 @@ typedef struct {
   float max[M_FRAGS][2], sum[M_FRAGS][2]; /* sum: this lane's columns only */
 } warp_state;
 
+/* This lane. In fp32 opaque, since a product has so many addresses that carrying them around the loop takes registers that O needs. */
+FA_INLINE int product_lane() { return DTYPE == FA_ARG_F32 ? (int)fa_opaque(threadIdx.x % 32) : (int)threadIdx.x % 32; }
+
 /* S = Q K^T */
 FA_INLINE void scores(float s[M_FRAGS][N_FRAGS][4], uint32_t q_smem, int warp_row, uint32_t k_smem) {
-  int lane = threadIdx.x % 32;
+  int lane = product_lane();
   fa_lane q_lane = fa_lane_rows_first(lane, Q_ROW_BYTES), k_lane = fa_lane_chunks_first(lane, Q_ROW_BYTES);
 #pragma unroll
   for (int m = 0; m < M_FRAGS; m++)
@@ -71,7 +75,7 @@ FA_INLINE void scores(float s[M_FRAGS][N_FRAGS][4], uint32_t q_smem, int warp_ro
     for (int n = 0; n < N_FRAGS; n++)
 #pragma unroll
       for (int e = 0; e < 4; e++) s[m][n][e] = 0.0f;
-#pragma unroll
+#pragma unroll STEP_UNROLL
   for (int step = 0; step < QK_STEPS; step++) {
     fa_operand_a q[M_FRAGS];
 #pragma unroll
@@ -106,7 +110,7 @@ FA_INLINE void drop_weights(float s[N_FRAGS][4], const fa_arg_problem *p, fa_phi
 
 /* O += P V */
 FA_INLINE void weigh_values(float o[M_FRAGS][V_FRAGS][4], float s[M_FRAGS][N_FRAGS][4], uint32_t v_smem) {
-  int lane = threadIdx.x % 32;
+  int lane = product_lane();
   fa_lane v_lane = fa_lane_rows_first(lane, V_ROW_BYTES);
 #pragma unroll
   for (int step = 0; step < PV_STEPS; step++) {

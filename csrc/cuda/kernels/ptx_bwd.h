@@ -25,11 +25,4 @@ FA_INLINE void red_global_add_v4_f32(float *address, const float x[4]) {
 }
 #endif
 
-/* x, about which the compiler knows nothing any more: it then computes addresses anew for each product instead of carrying them, one
- * register each, around the loop over tiles. */
-FA_INLINE uint32_t fa_opaque(uint32_t x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 #endif

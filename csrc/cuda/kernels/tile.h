@@ -48,7 +48,10 @@ FA_INLINE int fa_find_sequence(fa_arg_ints cu, int batch, int rows, int index, i
   int lane = threadIdx.x % 32, left = index;
   for (int base = 0; base < batch; base += 32) {
     int mine = base + lane, tiles = 0;
-    if (mine < batch) tiles = fa_ceil_div(fa_max(0, cu.data[(mine + 1) * cu.stride] - cu.data[mine * cu.stride]), rows);
+    if (mine < batch) {
+      int begin = fa_max(0, cu.data[mine * cu.stride]), end = cu.data[(mine + 1) * cu.stride];
+      tiles = fa_ceil_div(fa_max(0, (int)(end < cu.most ? end : cu.most) - begin), rows);
+    }
     int through = tiles; /* tiles of lanes 0..lane */
     for (int step = 1; step < 32; step *= 2) {
       int below = __shfl_up_sync(0xFFFFFFFFu, through, step);
