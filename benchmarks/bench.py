@@ -11,6 +11,7 @@ import torch
 
 import accuracy
 import host
+import masks
 import speed
 import summary
 
@@ -23,6 +24,7 @@ COMMANDS = {
     "accuracy": ("worst error over the list of test cases", accuracy.add_options, accuracy.run, None),
     "fwd": ("forward rates on this GPU, beside cuDNN's and others", lambda p: speed.add_options(p, "cuda"), speed.gpu_forward, "cuda"),
     "bwd": ("backward rates on this GPU, beside cuDNN's and others", lambda p: speed.add_options(p, "cuda"), speed.gpu_backward, "cuda"),
+    "masks": ("forward rates of windows, block masks, packed sequences", masks.add_options, masks.run, "cuda"),
     "readme": ("put the results into README.md", lambda p: None, summary.run, None),
 }
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+import decode
 from report import draw_rates, geometric_mean, print_table, save_json
 from timing import Matmul, attention_flops, describe, fastest_matmul, interleaved_medians, machine
 
@@ -123,11 +124,13 @@ def add_options(parser: argparse.ArgumentParser, device: str) -> None:
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bf16"] if on_gpu else list(DTYPES))
     parser.add_argument("--dims", nargs="+", type=int, default=[64, 128, 256] if on_gpu else [64, 128])
     parser.add_argument("--masks", nargs="+", choices=["full", "causal"], default=["full", "causal"])
-    parser.add_argument("--seqlens", nargs="+", type=int, default=[2**n for n in (range(9, 15) if on_gpu else range(9, 14))])
+    parser.add_argument("--seqlens", nargs="+", type=int, default=[2**n for n in range(9, 15)] if on_gpu else [512, 2048])
     parser.add_argument("--tokens", type=int, default=16384 if on_gpu else 8192, help="tokens of a cell: batch x seqlen")
     parser.add_argument("--width", type=int, default=2048 if on_gpu else 256, help="heads x head dim")
     parser.add_argument("--rounds", type=int, default=7 if on_gpu else 3)
     parser.add_argument("--quick", action="store_true", help="a few cells, few rounds")
+    if not on_gpu:
+        parser.add_argument("--full", action="store_true", help="lengths 512 to 8192: about a quarter of an hour on two cores")
 
 
 def shorten(options: argparse.Namespace) -> None:
@@ -136,8 +139,11 @@ def shorten(options: argparse.Namespace) -> None:
 
 
 def cpu(options: argparse.Namespace) -> None:
+    if options.full:
+        options.seqlens = [2**n for n in range(9, 14)]
     shorten(options)
     run("cpu", options, CPU_RIVALS, ["forward", "backward"], 1e9, "GFLOP/s", 2048)
+    decode.run(options, machine(options.device))
 
 
 def gpu_forward(options: argparse.Namespace) -> None:

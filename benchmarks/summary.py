@@ -54,6 +54,16 @@ def host(result: dict, title: str) -> str:
     return f"**{title}**, microseconds on tiny tensors; {where(result['machine'])}.\n\n{markdown_table(['', *kinds], lines)}\n"
 
 
+def one_query(result: dict, title: str) -> str:
+    columns = {"ours": "ours, GB/s", "torch": "torch, GB/s", "copy": "copy, GB/s"}
+    lines = [
+        [f"{row['dtype']}, head dim {row['dim']}, {row['seqlen']:,} keys", *(f"{row[c]:.3g}" for c in columns), f"{row['ratio']:.2f}"]
+        for row in result["rows"]
+    ]
+    claim = f"one query, every byte of the keys and values counted once (a copy: read and written); {where(result['machine'])}"
+    return f"**{title}**: {claim}.\n\n{markdown_table(['', *columns.values(), 'over torch'], lines)}\n"
+
+
 def accuracy(result: dict, title: str) -> str:
     worst = {(row["dtype"], row["tensor"]): row["ratio"] for row in result["rows"]}
     names = list(dict.fromkeys(row["tensor"] for row in result["rows"]))
@@ -67,6 +77,7 @@ def accuracy(result: dict, title: str) -> str:
 # result file -> how it is shown, and its title
 SECTIONS = {
     "cpu": (rates, "Speed on a CPU"),
+    "decode": (one_query, "One query on a CPU"),
     "fwd": (rates, "Forward on a GPU"),
     "bwd": (rates, "Backward on a GPU"),
     "host": (host, "Cost of a call on a CPU"),

@@ -25,7 +25,7 @@ ROWS = {
     "long_window": {**SHAPE, "seqlen_q": 700, "seqlen_k": 900, "window": (300, 100), "heads_q": 1},  # tiles before, inside and behind
     "negative_scale": {**SHAPE, "scale": -0.31, "causal": True},
     "no_scale": {**SHAPE, "scale": 0.0, "causal": True},
-    "large_scale": {**SHAPE, "scale": 9.0},  # too large for weights without a shift, which then follows the maximum
+    "large_scale": {**SHAPE, "scale": 9.0},  # the running maximum moves
     "large_scale_causal": {**SHAPE, "scale": -9.0, "causal": True, "sinks": True},
     "wide": {**SHAPE, "dim_qk": 256, "dim_v": 192},
     "narrow": {**SHAPE, "dim_qk": 8, "dim_v": 200},
@@ -34,6 +34,8 @@ ROWS = {
     "dropout": {**SHAPE, "dropout": 0.3, "causal": True},
     "block_mask": {**SHAPE, "seqlen_q": 300, "block": 64},
     "sinks": {**SHAPE, "sinks": True, "causal": True},
+    "many_heads": {"batch": 3, "seqlen_q": 70, "seqlen_k": 150, "heads_q": 12, "heads_k": 12, "causal": True},  # a task is a head
+    "many_groups": {"batch": 17, "seqlen_q": 50, "seqlen_k": 90, "heads_q": 4, "heads_k": 2, "seqused": "qk"},
     "packed": PACKED,
     "everything": {**SHAPES, **PAIRS, **SCORES},
     "everything_packed": {**SHAPES, **PAIRS, **SCORES, **PACKED},

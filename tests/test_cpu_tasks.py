@@ -67,6 +67,6 @@ def test_results_do_not_depend_on_threads(case: Case, feature: str) -> None:
 
 
 def test_few_tasks_are_split_by_shape_alone() -> None:
-    assert splits(FEW) == 2 and splits(replace(FEW, seqlen_k=32768)) == 64
-    assert splits(replace(FEW, seqlen_k=900)) == 1
+    assert splits(FEW) == 5 and splits(replace(FEW, seqlen_k=32768)) == 128
+    assert splits(replace(FEW, seqlen_k=500)) == 1
     assert splits(replace(HEAD, batch=40)) == 1

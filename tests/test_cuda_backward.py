@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,28 +9,16 @@ from torch import Tensor
 import binding
 import reference
 from cases import Case, build
-from cuda_host import CSRC, ROOT, compiler
+from plan_tool import BF16, DEVICES, F16, F32, F64, PlanTool
 from reference import allowance, worst_error
 
-F32, F64, F16, BF16 = 1, 2, 3, 4
-SMEM = {"H200": 232448, "A100": 166912, "RTX 4090": 101376}
+SMEM = {gpu: DEVICES[gpu][1] for gpu in ("H200", "A100", "RTX 4090")}
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory):
-    program = tmp_path_factory.mktemp("plan") / "plan_cuda_bwd"
-    sources = [CSRC / "cuda/plan.c", CSRC / "cuda/plan_bwd.c", CSRC / "cuda/plan_sm90.c", *sorted((CSRC / "core").glob("[ceop]*.c"))]
-    flags = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
-    command = [compiler(), *flags, "-o", str(program), str(ROOT / "tests/c/plan_cuda_bwd.c"), *map(str, sources), "-lm"]
-    subprocess.run(command, check=True)
-
-    def run(device: str = "H200", **words: int) -> dict:
-        words = {"smem": SMEM[device], **words}
-        done = subprocess.run([program, *(f"{name}={value}" for name, value in words.items())], capture_output=True, text=True, check=False)
-        return json.loads(done.stdout) if done.returncode == 0 else {"error": done.stdout}
-
-    return run
+def plan(tmp_path_factory) -> PlanTool:
+    return PlanTool(tmp_path_factory.mktemp("plan"), backward=True)
 
 
 def kernels(found: dict) -> list[str]:

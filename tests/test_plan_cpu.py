@@ -64,6 +64,13 @@ def test_workspace_is_linear_in_the_length() -> None:
         assert 0 < small and large <= 2.1 * small
 
 
+def test_backward_keeps_sums_of_dq_where_dq_cannot() -> None:
+    """float32 results hold the sums themselves; 16-bit ones need a copy in float32."""
+    rows, wide = 2 * 2 * 4096, 64 * 4
+    assert plan_of(4096, backward=True).workspace_bytes < rows * wide
+    assert plan_of(4096, backward=True, dtype=torch.bfloat16).workspace_bytes >= rows * wide
+
+
 def test_arithmetic_is_named() -> None:
     """16-bit inputs are computed in float32, float64 in float64."""
     assert {plan_of(dtype=dtype).arithmetic for dtype in (torch.float16, torch.bfloat16, torch.float32)} == {"float32"}

@@ -2,44 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-
 import pytest
 
-from cuda_host import CSRC, ROOT, compiler
+from plan_tool import BF16, DEVICES, F16, F32, F64, PlanTool
 
-F32, F64, F16, BF16 = 1, 2, 3, 4
 PORTABLE = {"cc": 80}  # on any device: the kernels for every GPU
-DEVICES = {  # SMs, shared memory of a block, compute capability
-    "H200": (132, 232448, 90),
-    "A100": (108, 166912, 80),
-    "A40": (84, 101376, 86),
-    "RTX 4090": (128, 101376, 89),
-    "B200": (148, 232448, 100),
-    "RTX 5090": (170, 101376, 120),
-}
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory):
-    program = tmp_path_factory.mktemp("plan") / "plan_cuda"
-    sources = [
-        ROOT / "tests/c/plan_cuda.c",
-        CSRC / "cuda/plan.c",
-        CSRC / "cuda/plan_sm90.c",
-        *(CSRC / "core" / f"{n}.c" for n in ("problem", "check", "error", "options")),
-    ]
-    flags = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
-    subprocess.run([compiler(), *flags, "-o", str(program), *map(str, sources), "-lm"], check=True)
-
-    def run(gpu: str = "H200", **words: int) -> dict:
-        sm_count, smem, cc = DEVICES[gpu]
-        words = {"sm_count": sm_count, "smem": smem, "cc": cc, **words}
-        done = subprocess.run([program, *(f"{name}={value}" for name, value in words.items())], capture_output=True, text=True, check=False)
-        return json.loads(done.stdout) if done.returncode == 0 else {"error": done.stdout, "code": done.returncode}
-
-    return run
+def plan(tmp_path_factory) -> PlanTool:
+    return PlanTool(tmp_path_factory.mktemp("plan"))
 
 
 @pytest.mark.parametrize("gpu", DEVICES)
@@ -91,7 +63,7 @@ def test_constants_follow_the_problem(plan) -> None:
         ({"smem": 99 * 1024}, "shared memory"),
         ({"dtype": F32}, "float16"),
         ({"dropout_percent": 5}, "dropout_p"),
-        ({"block": 128}, "block_mask"),
+        ({"block": 64}, "block_mask"),
         ({"shift": 2}, "aligned"),
         ({"batch": 1, "heads_q": 1, "seqlen_q": 128, "seqlen_k": 65536}, "split"),
     ],

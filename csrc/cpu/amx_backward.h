@@ -15,7 +15,9 @@ typedef struct {
 } fa_strip_statistics;
 
 typedef struct {
-  fa_tile_index strips;                                  /* of 32 query rows */
+  fa_tile_index index;                                   /* strips of 32 query rows */
+  int64_t origin;                                        /* the first strip that the arrays below hold, */
+  int64_t strips;                                        /* and how many */
   int dtype_parts;                                       /* fa_amx_parts */
   int copies;                                            /* of dQ, summed in order */
   float factor;                                          /* products -> log2 units */
@@ -27,9 +29,14 @@ typedef struct {
   uint8_t *dq_made; /* [copy][strip]: 0: nothing was added yet, and dq is not even initialised */
 } fa_amx_backward_shared;
 
-/* The pass over keys: a task is one key head and every copies-th block of keys. */
+/* The place of a head's n-th strip in those arrays. */
+static inline int64_t fa_strip_at(const fa_amx_backward_shared *shared, const fa_head *head, int n) {
+  return fa_tile_at(&shared->index, head->b, head->h, n) - shared->origin;
+}
+
+/* The pass over keys for one key head, whose first query head is given: every copies-th block of keys, from number `copy` on. */
 size_t fa_amx_keys_scratch(const fa_problem *problem);
-void fa_amx_keys_task(int64_t item, int worker, void *job);
+void fa_amx_keys_of_head(const fa_amx_backward_shared *shared, fa_head head, int copy, fa_arena arena);
 
 /* Keys of a block, whose K, V, dK and dV stay while the queries pass. */
 enum { FA_AMX_BLOCK_KEYS = 128 };

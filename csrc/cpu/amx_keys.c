@@ -7,9 +7,8 @@
  *
  *     dV += P^T dO     dK += dS^T Q       dQ^T += K^T dS^T
  *
- * in a pipeline: while vectors make one cell's P^T and dS^T, the tile unit makes the products of the next cell and, share by share, those
- * of the previous block. P^T and dS^T rows are left operands as they fall; dS^T is written a second time, in pairs of keys, as a
- * right one. */
+ * in a pipeline: while vectors make one cell's P^T and dS^T (amx_gradient.h), the tile unit makes the products of the next cell and, share by
+ * share, those of the previous block. */
 #include "amx.h"
 #ifdef FA_HAS_AMX
 #include <math.h>
@@ -17,15 +16,11 @@
 
 #include "../core/numeric.h"
 #include "amx_backward.h"
+#include "amx_gradient.h"
 
 AMX_BEGIN
 
-enum {
-  QUERY_STRIPS = 4, /* of a block */
-  KEY_STRIPS = FA_AMX_BLOCK_KEYS / STRIP,
-  BLOCK_TILES = FA_AMX_BLOCK_KEYS / FA_BLOCK_N,
-  CELLS = BLOCK_TILES * QUERY_STRIPS
-};
+enum { KEY_STRIPS = FA_AMX_BLOCK_KEYS / STRIP, BLOCK_TILES = FA_AMX_BLOCK_KEYS / FA_BLOCK_N, CELLS = BLOCK_TILES * QUERY_STRIPS };
 
 /* The weights of a block, and the sums they are to enter. */
 typedef struct {
@@ -94,82 +89,6 @@ size_t fa_amx_keys_scratch(const fa_problem *p) {
   carve(p, &count, &arena);
   return arena.used;
 }
-
-/* Products of a cell on their way to P^T and dS^T. One call turns two keys of 32 queries. */
-typedef struct {
-  const float *s, *dp, *softcap, *dropout; /* the last two may be NULL */
-  uint16_t *p, *ds, *ds_pairs;
-  int left, row;                                     /* pairs of keys to go; pairs since the last strip of keys */
-  f32x16 factor, shift_0, shift_1, delta_0, delta_1; /* of queries 0..15 and 16..31; shift negated */
-} gradient_work;
-
-/* Two keys of 32 queries, as a left operand summed over queries. */
-AMX_INLINE void put_rows(uint16_t *to, const int parts, f32x16 x[2][2]) {
-  for (int key = 0; key < 2; key++) i32_store(to + key * 32, bf16_rows(x[key][0], x[key][1]));
-  if (parts == 1) return;
-  f32x16 low[2][2];
-  for (int t = 0; t < 2; t++) {
-    i32x16 high = bf16_pairs(x[0][t], x[1][t]);
-    low[0][t] = f32_sub(x[0][t], bf16_even(high));
-    low[1][t] = f32_sub(x[1][t], bf16_odd(high));
-  }
-  for (int key = 0; key < 2; key++) i32_store(to + 2 * TILE_HALVES + key * 32, bf16_rows(low[key][0], low[key][1]));
-}
-
-/* The same, as a right operand summed over keys. */
-AMX_INLINE void put_pairs(uint16_t *to, const int parts, f32x16 x[2][2]) {
-  for (int t = 0; t < 2; t++) {
-    i32x16 high = bf16_pairs(x[0][t], x[1][t]);
-    i32_store(to + t * TILE_HALVES, high);
-    if (parts == 1) continue;
-    i32_store(to + (2 + t) * TILE_HALVES, bf16_pairs(f32_sub(x[0][t], bf16_even(high)), f32_sub(x[1][t], bf16_odd(high))));
-  }
-}
-
-/* Two keys of 16 queries: p[key], ds[key]. */
-AMX_INLINE void gradient_half(const gradient_work *w, const int first, f32x16 shift, f32x16 delta, f32x16 *p_even, f32x16 *p_odd,
-                              f32x16 *ds_even, f32x16 *ds_odd) {
-  for (int key = 0; key < 2; key++) {
-    int at = key * STRIP + first;
-    f32x16 weight = f32_exp2(f32_fma(f32_load(w->s + at), w->factor, shift)), dp = f32_load(w->dp + at), used = weight;
-    if (w->dropout) {
-      f32x16 multiplier = f32_load(w->dropout + at);
-      dp = f32_mul(dp, multiplier);
-      used = f32_mul(weight, multiplier);
-    }
-    f32x16 gradient = f32_mul(weight, f32_sub(dp, delta));
-    if (w->softcap) gradient = f32_mul(gradient, f32_load(w->softcap + at));
-    *(key ? p_odd : p_even) = used;
-    *(key ? ds_odd : ds_even) = f32_where_nonzero(weight, gradient);
-  }
-}
-
-AMX_INLINE void gradient_pair(gradient_work *w, const int parts) {
-  f32x16 p[2][2], ds[2][2]; /* [key][half of the queries] */
-  if (w->left == 0) return;
-  gradient_half(w, 0, w->shift_0, w->delta_0, &p[0][0], &p[1][0], &ds[0][0], &ds[1][0]);
-  gradient_half(w, 16, w->shift_1, w->delta_1, &p[0][1], &p[1][1], &ds[0][1], &ds[1][1]);
-  put_rows(w->p, parts, p);
-  put_rows(w->ds, parts, ds);
-  put_pairs(w->ds_pairs, parts, ds);
-  w->s += 2 * STRIP;
-  w->dp += 2 * STRIP;
-  if (w->softcap) w->softcap += 2 * STRIP;
-  if (w->dropout) w->dropout += 2 * STRIP;
-  w->p += 64;
-  w->ds += 64;
-  w->ds_pairs += 32;
-  w->left--;
-  if (++w->row == 16) { /* next strip of keys */
-    w->p += QUERY_STRIPS * STRIP_HALVES(parts) - 2 * TILE_HALVES;
-    w->ds += QUERY_STRIPS * STRIP_HALVES(parts) - 2 * TILE_HALVES;
-    w->ds_pairs += STRIP_HALVES(parts) - TILE_HALVES;
-    w->row = 0;
-  }
-}
-
-AMX_INLINE void gradient_tick_1(void *work) { gradient_pair(work, 1); }
-AMX_INLINE void gradient_tick_2(void *work) { gradient_pair(work, 2); }
 
 AMX_INLINE void cell_products(const keys_state *t, const cell *c, float *s, float *dp, const int parts, const tick_fn tick, void *work,
                               const int density) {
@@ -309,7 +228,7 @@ static void list_cells(keys_state *t, int m0, int strips) {
       c->tile = tile;
       c->strip = strip;
       c->n0 = n0;
-      c->at = fa_tile_at(&t->shared->strips, t->head->b, t->head->h, m / STRIP);
+      c->at = fa_strip_at(t->shared, t->head, m / STRIP);
       set_lanes(t->head, &c->lanes, m);
     }
   }
@@ -318,7 +237,7 @@ static void list_cells(keys_state *t, int m0, int strips) {
 static void start_block(keys_state *t, int m0, int strips) {
   const fa_problem *p = t->head->problem;
   const fa_amx_backward_shared *shared = t->shared;
-  int64_t at = fa_tile_at(&shared->strips, t->head->b, t->head->h, m0 / STRIP), total = fa_tile_count(&shared->strips, p->batch);
+  int64_t at = fa_strip_at(shared, t->head, m0 / STRIP);
   block_sums *b = &t->gathering;
   b->q_rows = shared->q_rows + at * shared->q_halves;
   b->dout_rows = shared->dout_rows + at * shared->v_halves;
@@ -328,7 +247,7 @@ static void start_block(keys_state *t, int m0, int strips) {
   if (!p->grad.dq.data) return;
   b->total += strips * t->strips_qk;
   for (int j = 0; j < strips; j++) {
-    int64_t place = t->copy * total + at + j;
+    int64_t place = t->copy * shared->strips + at + j;
     b->dq[j] = shared->dq + place * t->strips_qk * STRIP * STRIP;
     b->dq_made[j] = shared->dq_made[place];
     shared->dq_made[place] = 1;
@@ -367,28 +286,22 @@ static void finish_blocks(keys_state *t) {
   t->pending.total = t->pending.done = 0;
 }
 
-static void pack_keys(keys_state *t, const fa_view *view, int dim, int tile, uint16_t *scores, uint16_t *rows) {
-  int n0 = t->n0 + tile * FA_BLOCK_N, columns = fa_min(FA_BLOCK_N, t->head->seq.len_k - n0);
-  int64_t halves = fa_amx_halves(dim, t->shared->dtype_parts);
-  fa_load_keys(t->head, view, n0, columns, dim, t->load_tile);
-  for (int i = 0; i < 2; i++) {
-    fa_amx_take_rows(t->packing, t->load_tile + i * STRIP * fa_pad(dim), fa_pad(dim), fa_max(columns - i * STRIP, 0), dim,
-                     t->shared->dtype_parts, 0);
-    fa_amx_put(t->packing, FA_AMX_DIMS_LEFT, scores + (tile * 2 + i) * halves);
-    if (rows) fa_amx_put(t->packing, FA_AMX_ROWS_LEFT, rows + (tile * 2 + i) * halves);
-  }
-}
-
 static void load_keys(keys_state *t) {
   const fa_problem *p = t->head->problem;
-  for (int tile = 0; tile < t->tiles; tile++) {
-    pack_keys(t, &p->v, p->dim_v, tile, t->v_scores, NULL);
-    pack_keys(t, &p->k, p->dim_qk, tile, t->k_scores, t->k_rows);
-    int columns = fa_min(FA_BLOCK_N, t->head->seq.len_k - t->n0 - tile * FA_BLOCK_N); /* load_tile holds K */
-    t->k_finite[tile] = t->head->ops->all_finite(t->load_tile, (int64_t)columns * fa_pad(p->dim_qk));
-    /* Sums over such a tile are made apart (add_cell_skipping_zeros), and must find nothing here. */
-    if (!t->k_finite[tile]) memset(t->k_rows + tile * 2 * t->shared->q_halves, 0, (size_t)(2 * t->shared->q_halves) * sizeof(uint16_t));
+  const int64_t q = t->shared->q_halves, v = t->shared->v_halves;
+  for (int block = 0; block < 2 * t->tiles; block++) {
+    int n0 = t->n0 + block * STRIP, rows = t->head->seq.len_k - n0;
+    fa_amx_take_keys(t->packing, t->head, &p->v, n0, rows, p->dim_v);
+    fa_amx_put(t->packing, FA_AMX_DIMS_LEFT, t->v_scores + block * v);
+    fa_amx_take_keys(t->packing, t->head, &p->k, n0, rows, p->dim_qk);
+    fa_amx_put(t->packing, FA_AMX_DIMS_LEFT, t->k_scores + block * q);
+    fa_amx_put(t->packing, FA_AMX_ROWS_LEFT, t->k_rows + block * q);
+    int finite = fa_amx_finite(t->packing);
+    t->k_finite[block / 2] = block % 2 ? t->k_finite[block / 2] && finite : finite;
   }
+  /* Sums over a tile that is not finite are made apart (add_cell_skipping_zeros), and must find nothing here. */
+  for (int tile = 0; tile < t->tiles; tile++)
+    if (!t->k_finite[tile]) memset(t->k_rows + tile * 2 * q, 0, (size_t)(2 * q) * sizeof(uint16_t));
 }
 
 static void store_keys(const keys_state *t, const fa_view *view, const float *sums, int rows, int dim, double scale) {
@@ -400,8 +313,8 @@ static void store_keys(const keys_state *t, const fa_view *view, const float *su
 }
 
 /* One block of keys: all query heads of its group, all query blocks that see it. */
-static void block_of_keys(const fa_job *job, keys_state *t) {
-  const fa_problem *p = job->problem;
+static void block_of_keys(keys_state *t) {
+  const fa_problem *p = t->head->problem;
   int slot = fa_min(FA_AMX_BLOCK_KEYS, t->head->seq.slot_k - t->n0), columns = fa_min(slot, t->head->seq.len_k - t->n0);
   memset(t->dk, 0, (size_t)FA_AMX_BLOCK_KEYS * (size_t)t->strips_qk * STRIP * sizeof(float));
   memset(t->dv, 0, (size_t)FA_AMX_BLOCK_KEYS * (size_t)t->strips_v * STRIP * sizeof(float));
@@ -412,7 +325,7 @@ static void block_of_keys(const fa_job *job, keys_state *t) {
     load_keys(t);
     tiles_begin();
     for (int g = 0; g < p->group; g++) {
-      *t->head = fa_head_of(p, job->ops, t->head->b, t->head->h_k * p->group + g);
+      *t->head = fa_head_of(p, t->head->ops, t->head->b, t->head->h_k * p->group + g);
       for (int m0 = rows.lo / block * block; m0 < rows.hi; m0 += block) {
         int strips = fa_ceil_div(fa_min(block, t->head->seq.len_q - m0), STRIP);
         (t->shared->dtype_parts == 2 ? run_block_fp16 : narrow ? run_block_bf16_narrow : run_block_bf16)(t, m0, strips);
@@ -425,20 +338,13 @@ static void block_of_keys(const fa_job *job, keys_state *t) {
   store_keys(t, &p->grad.dv, t->dv, slot, p->dim_v, 1);
 }
 
-void fa_amx_keys_task(int64_t item, int worker, void *context) {
-  const fa_job *job = context;
-  const fa_problem *p = job->problem;
-  const fa_amx_backward_shared *shared = job->extra;
-  fa_arena arena = fa_job_scratch(job, worker);
-  keys_state t = {.shared = shared, .score_terms = has_score_terms(p)};
+void fa_amx_keys_of_head(const fa_amx_backward_shared *shared, fa_head head, int copy, fa_arena arena) {
+  const fa_problem *p = head.problem;
+  keys_state t = {.shared = shared, .head = &head, .copy = copy, .score_terms = has_score_terms(p)};
   t.strips_qk = fa_amx_strips(p->dim_qk);
   t.strips_v = fa_amx_strips(p->dim_v);
-  t.copy = (int)(item % shared->copies);
   carve(p, &t, &arena);
-  int64_t bh = item / shared->copies;
-  fa_head head = fa_head_of(p, job->ops, (int)(bh / p->heads_k), (int)(bh % p->heads_k) * p->group);
-  t.head = &head;
-  for (t.n0 = t.copy * FA_AMX_BLOCK_KEYS; t.n0 < head.seq.slot_k; t.n0 += shared->copies * FA_AMX_BLOCK_KEYS) block_of_keys(job, &t);
+  for (t.n0 = copy * FA_AMX_BLOCK_KEYS; t.n0 < head.seq.slot_k; t.n0 += shared->copies * FA_AMX_BLOCK_KEYS) block_of_keys(&t);
 }
 
 AMX_END

@@ -14,10 +14,12 @@
 
 typedef enum { FA_AMX_DIMS_LEFT, FA_AMX_DIMS_RIGHT, FA_AMX_ROWS_LEFT, FA_AMX_ROWS_RIGHT } fa_amx_form;
 
-/* 32 rows as bf16, zero past the last row and dim. */
+/* 32 rows as bf16, zero past the last row and dim: where they lie, if that is how they lie, else a copy. */
 typedef struct {
   int strips, parts; /* 32 dims each; 2: high and low */
-  _Alignas(64) uint16_t part[2][32][FA_MAX_HEAD_DIM];
+  const uint16_t *row[2][32];
+  _Alignas(64) uint16_t copy[2][32][FA_MAX_HEAD_DIM];
+  _Alignas(64) float loaded[32 * FA_MAX_HEAD_DIM]; /* on the way to a copy */
 } fa_amx_rows;
 
 /* Parts of a value of this dtype; 0: AMX does not compute with it. */
@@ -27,12 +29,16 @@ static inline int fa_amx_strips(int dim) { return (dim + 31) / 32; }
 
 static inline int64_t fa_amx_halves(int dim, int parts) { return (int64_t)fa_amx_strips(dim) * parts * 2 * 512; }
 
-/* tile[row][ld] of floats that came from 16-bit values; negate turns their signs. */
-void fa_amx_take_rows(fa_amx_rows *out, const float *tile, int ld, int rows, int dim, int parts, int negate);
+/* Rows [start, start + rows) of a head; negate turns their signs. */
+void fa_amx_take_queries(fa_amx_rows *out, const fa_head *head, const fa_view *view, int start, int rows, int dim, int negate);
+void fa_amx_take_keys(fa_amx_rows *out, const fa_head *head, const fa_view *view, int start, int rows, int dim);
 
 void fa_amx_put(const fa_amx_rows *rows, fa_amx_form form, uint16_t *tiles);
 
-/* The largest |row|^2, and the largest element, of what is finite in tile[row][ld]. */
-void fa_amx_row_sizes(const float *tile, int rows, int ld, float *norm, float *top);
+/* No NaN and no infinity among them. */
+int fa_amx_finite(const fa_amx_rows *rows);
+
+/* sums[r] = a's row r times b's. */
+void fa_amx_dot_rows(const fa_amx_rows *a, const fa_amx_rows *b, float sums[32]);
 
 #endif

@@ -6,8 +6,7 @@
  * in a pipeline: while vectors turn tile n into P^T, the tile unit makes the products S^T of tile n + 1 and, for up to 256 earlier keys at a
  * time, O^T: long sums, because O^T is read and written once for each.
  *
- * shift is 0 as long as |q| max|k| shows that no weight comes near the ends of a float, which spares the search for maxima. Otherwise it
- * is the row's maximum when it was last looked at; only a maximum larger by 2^8 makes it move, so that O^T is hardly ever rescaled.
+ * shift is the row's maximum when it was last looked at: only a maximum larger by 2^8 makes it move, so that O^T is hardly ever rescaled.
  * A strip's tiles come in one order whatever strips share its task: results do not depend on threads. */
 #include "amx.h"
 #ifdef FA_HAS_AMX
@@ -16,6 +15,7 @@
 
 #include "../core/numeric.h"
 #include "amx_forward.h"
+#include "amx_softmax.h"
 
 AMX_BEGIN
 
@@ -26,14 +26,11 @@ enum {
 
 static const float LOG2_E = 1.44269504f;
 static const double LN_2 = 0.69314718055994530942;
-static const float LAZY_LOG2 = 8;       /* P may grow to 2^8 before shift moves */
-static const float UNSHIFTED_LOG2 = 40; /* 2^-40 .. 2^40 needs no shift */
-static const float OUTPUT_LOG2 = 120;   /* and sums of weights times values are to stay below this */
+static const float LAZY_LOG2 = 8; /* P may grow to 2^8 before shift moves */
 
-/* Running state of 32 query rows. shift is -inf before the first visible key, unless it is 0 for good. */
+/* Running state of 32 query rows. shift is -inf before the first visible key. */
 typedef struct {
   query_lanes lanes;
-  int unshifted;
   fa_range keys;
   uint16_t *q; /* FA_AMX_DIMS_RIGHT */
   float *o;    /* [dims][32] */
@@ -51,12 +48,11 @@ typedef struct {
 typedef struct {
   const fa_amx_forward_shared *shared;
   const fa_head *head;
-  const uint16_t *k, *v;
-  int64_t tile; /* of the head's first key */
+  fa_amx_keys keys;
   int strips_qk, strips_v, pending_tiles, score_terms;
-  float *s[2];           /* [64][32], of this tile and the next */
-  float *rows, *dropout; /* [32][64], [64][32] */
-  v_product gathering, pending;
+  float *s[2];                        /* [64][32], of this tile and the next */
+  float *rows, *dropout;              /* [32][64], [64][32] */
+  v_product gathering[2], pending[2]; /* of the two strips of a pair */
   strip_state *strips;
   fa_amx_rows *packing;
   float *load_tile; /* [64][dim] */
@@ -65,8 +61,10 @@ typedef struct {
 static void carve(const fa_problem *p, const fa_amx_forward_shared *shared, queries_state *t, fa_arena *arena) {
   size_t pending_bytes = (size_t)PENDING_TILES * 2 * STRIP_HALVES((size_t)shared->parts) * sizeof(uint16_t);
   for (int i = 0; i < 2; i++) t->s[i] = fa_take(arena, BLOCK_FLOATS * sizeof(float));
-  t->gathering.p = fa_take(arena, pending_bytes);
-  t->pending.p = fa_take(arena, pending_bytes);
+  for (int i = 0; i < 2; i++) {
+    t->gathering[i].p = fa_take(arena, pending_bytes);
+    t->pending[i].p = fa_take(arena, pending_bytes);
+  }
   t->rows = fa_take(arena, BLOCK_FLOATS * sizeof(float));
   t->dropout = fa_take(arena, p->dropout.p > 0 ? BLOCK_FLOATS * sizeof(float) : 0);
   t->packing = fa_take(arena, sizeof(fa_amx_rows));
@@ -81,77 +79,42 @@ static void carve(const fa_problem *p, const fa_amx_forward_shared *shared, quer
   }
 }
 
-/* Scores on their way to weights: what the vector units do between tile products. One call turns two keys of 32 queries into P^T. */
-typedef struct {
-  const float *s, *dropout; /* dropout NULL: none */
-  uint16_t *p;
-  int left, row;                                 /* pairs of keys to go; pairs since the last block of 32 keys */
-  f32x16 factor, shift_0, shift_1, sum_0, sum_1; /* of queries 0..15 and 16..31; shift negated */
-} softmax_work;
-
-AMX_INLINE void put_pair(uint16_t *tile, int parts, f32x16 even, f32x16 odd) {
-  i32x16 high = bf16_pairs(even, odd);
-  i32_store(tile, high);
-  if (parts == 2) i32_store(tile + 2 * TILE_HALVES, bf16_pairs(f32_sub(even, bf16_even(high)), f32_sub(odd, bf16_odd(high))));
-}
-
-/* Two keys of 16 queries. */
-AMX_INLINE void softmax_half(const softmax_work *w, const int first, f32x16 shift, f32x16 *sum, const int parts) {
-  f32x16 even = f32_exp2(f32_fma(f32_load(w->s + first), w->factor, shift));
-  f32x16 odd = f32_exp2(f32_fma(f32_load(w->s + STRIP + first), w->factor, shift));
-  *sum = f32_add(*sum, f32_add(even, odd));
-  if (w->dropout) {
-    even = f32_mul(even, f32_load(w->dropout + first));
-    odd = f32_mul(odd, f32_load(w->dropout + STRIP + first));
-  }
-  put_pair(w->p + first / 16 * TILE_HALVES, parts, even, odd);
-}
-
-AMX_INLINE void softmax_pair(softmax_work *w, const int parts) {
-  if (w->left == 0) return;
-  softmax_half(w, 0, w->shift_0, &w->sum_0, parts);
-  softmax_half(w, 16, w->shift_1, &w->sum_1, parts);
-  w->s += 2 * STRIP;
-  if (w->dropout) w->dropout += 2 * STRIP;
-  w->p += 32;
-  w->left--;
-  if (++w->row == 16) { /* next block of 32 keys */
-    w->p += STRIP_HALVES(parts) - TILE_HALVES;
-    w->row = 0;
-  }
-}
-
-AMX_INLINE void softmax_tick_1(void *work) { softmax_pair(work, 1); }
-AMX_INLINE void softmax_tick_2(void *work) { softmax_pair(work, 2); }
-
 AMX_INLINE void score_products(const queries_state *t, const strip_state *strip, int n0, float *s, const int parts, const tick_fn tick,
                                void *work, const int density) {
-  const uint16_t *k = t->k + n0 / STRIP * t->shared->k_halves;
+  const uint16_t *k = t->keys.k + n0 / STRIP * t->shared->k_halves;
   const int64_t step = STRIP_HALVES(parts);
   for (int i = 0; i < FA_BLOCK_N / STRIP; i++)
     product_32x32(k + i * t->shared->k_halves, step, strip->q, step, t->strips_qk, parts, s + i * STRIP * STRIP, STRIP, 0, tick, work,
                   density);
 }
 
-/* The next `count` strips of 32 dims of a product with V. */
-AMX_INLINE void output_products(const queries_state *t, v_product *job, int count, const int parts, const tick_fn tick, void *work,
-                                const int density) {
-  for (; count > 0 && job->blocks > 0; count--) {
-    product_32x32(job->v + job->done * STRIP_HALVES(parts), t->shared->v_halves, job->p, STRIP_HALVES(parts), job->blocks, parts,
-                  job->o + job->done * STRIP * STRIP, STRIP, 1, tick, work, density);
-    if (++job->done == t->strips_v) job->blocks = job->done = 0;
+/* The next strip of 32 dims of a product with V. */
+AMX_INLINE void output_product(const queries_state *t, v_product *job, const int parts, const tick_fn tick, void *work, const int density) {
+  product_32x32(job->v + job->done * STRIP_HALVES(parts), t->shared->v_halves, job->p, STRIP_HALVES(parts), job->blocks, parts,
+                job->o + job->done * STRIP * STRIP, STRIP, 1, tick, work, density);
+  if (++job->done == t->strips_v) job->blocks = job->done = 0;
+}
+
+/* `count` of them, in turn for both strips of the pair, so that the second finds V in L1. */
+AMX_INLINE void output_products(queries_state *t, int count, const int parts, const tick_fn tick, void *work, const int density) {
+  for (; count > 0; count--) {
+    int second = t->pending[0].blocks == 0 || (t->pending[1].blocks > 0 && t->pending[1].done < t->pending[0].done);
+    if (t->pending[second].blocks == 0) return;
+    output_product(t, &t->pending[second], parts, tick, work, density);
   }
 }
 
-AMX_INLINE void finish_pending(queries_state *t, const int parts) { output_products(t, &t->pending, t->strips_v, parts, no_tick, NULL, 0); }
+AMX_INLINE void finish_pending(queries_state *t, int which, const int parts) {
+  while (t->pending[which].blocks > 0) output_product(t, &t->pending[which], parts, no_tick, NULL, 0);
+}
 
 /* What has been gathered becomes the pending product. */
-AMX_INLINE void close_gathering(queries_state *t, const int parts) {
-  if (t->gathering.blocks == 0) return;
-  finish_pending(t, parts);
-  v_product empty = {.p = t->pending.p};
-  t->pending = t->gathering;
-  t->gathering = empty;
+AMX_INLINE void close_gathering(queries_state *t, int which, const int parts) {
+  if (t->gathering[which].blocks == 0) return;
+  finish_pending(t, which, parts);
+  v_product empty = {.p = t->pending[which].p};
+  t->pending[which] = t->gathering[which];
+  t->gathering[which] = empty;
 }
 
 static void shrink_output(const queries_state *t, strip_state *strip, const f32x16 shrink[2]) {
@@ -161,20 +124,20 @@ static void shrink_output(const queries_state *t, strip_state *strip, const f32x
 }
 
 /* Moves shift up to the tile's maximum where that is much larger. Rare, so it first makes all products that are still to be made. */
-AMX_INLINE void follow_maximum(queries_state *t, strip_state *strip, const float *s, const int parts) {
+AMX_INLINE void follow_maximum(queries_state *t, strip_state *strip, int which, const float *s, const int parts) {
   const f32x16 unit = f32_splat(t->score_terms ? 1 : t->shared->factor), slack = f32_splat(t->score_terms ? LAZY_LOG2 / LOG2_E : LAZY_LOG2);
-  f32x16 top[4], shrink[2];
-  for (int i = 0; i < 4; i++) top[i] = f32_splat(-INFINITY);
-  for (int j = 0; j < FA_BLOCK_N; j += 2)
-    for (int i = 0; i < 4; i++) top[i] = f32_max(f32_load(s + j * STRIP + 16 * i), top[i]);
+  f32x16 top[8], shrink[2]; /* even: queries 0..15, odd: 16..31 */
+  for (int i = 0; i < 8; i++) top[i] = f32_splat(-INFINITY);
+  for (int j = 0; j < FA_BLOCK_N; j += 4)
+    for (int i = 0; i < 8; i++) top[i] = f32_max(f32_load(s + j * STRIP + 16 * i), top[i]);
   int moves = 0;
   for (int h = 0; h < 2; h++) {
-    top[h] = f32_mul(f32_max(top[h + 2], top[h]), unit);
+    top[h] = f32_mul(f32_max(f32_max(top[h + 2], top[h]), f32_max(top[h + 4], top[h + 6])), unit);
     moves |= f32_any_greater(top[h], f32_add(f32_load(strip->shift + 16 * h), slack));
   }
   if (!moves) return;
-  close_gathering(t, parts);
-  finish_pending(t, parts);
+  close_gathering(t, which, parts);
+  finish_pending(t, which, parts);
   for (int h = 0; h < 2; h++) {
     f32x16 old = f32_load(strip->shift + 16 * h), now = f32_where_greater(top[h], f32_add(old, slack), top[h], old);
     shrink[h] = f32_exp2(f32_mul(f32_sub(old, f32_finite_or_zero(now)), f32_splat(t->score_terms ? LOG2_E : 1)));
@@ -184,12 +147,12 @@ AMX_INLINE void follow_maximum(queries_state *t, strip_state *strip, const float
 }
 
 /* Masks or completes the scores of a tile, moves shift, and sets up the work that makes its weights. */
-AMX_INLINE void prepare_tile(queries_state *t, strip_state *strip, int n0, float *s, softmax_work *w, const int parts) {
+AMX_INLINE void prepare_tile(queries_state *t, strip_state *strip, int which, int n0, float *s, softmax_work *w, const int parts) {
   if (t->score_terms)
     score_block(t->head, &strip->lanes, n0, s, t->rows, NULL, NULL);
   else if (needs_mask(&strip->lanes, n0))
     mask_block(&strip->lanes, n0, s);
-  if (!strip->unshifted) follow_maximum(t, strip, s, parts);
+  follow_maximum(t, strip, which, s, parts);
   f32x16 zero = f32_splat(0), shift_0 = f32_finite_or_zero(f32_load(strip->shift)),
          shift_1 = f32_finite_or_zero(f32_load(strip->shift + 16));
   /* Scores may be as low as a float goes: their shift comes off before log2 units would overflow. */
@@ -225,53 +188,73 @@ static void output_skipping_zeros(const queries_state *t, strip_state *strip, in
     }
 }
 
-/* The tiles of [n0, end) for one strip. */
-AMX_INLINE void walk_tiles(queries_state *t, strip_state *strip, int n0, int end, const int parts, const tick_fn tick, const int density) {
-  const int share = fa_ceil_div(t->strips_v, t->pending_tiles);
-  int n = next_tile(t->head, strip->lanes.m0, n0, end), now = 0;
+/* What a tile's weights become: part of a sum to be made later. */
+AMX_INLINE void gather_tile(queries_state *t, strip_state *strip, int which, int n, int last, const int parts) {
+  v_product *g = &t->gathering[which];
+  if (g->blocks == 0) {
+    g->v = t->keys.v + n / STRIP * t->shared->v_halves;
+    g->o = strip->o;
+  }
+  g->blocks += FA_BLOCK_N / STRIP;
+  if (last || g->blocks == t->pending_tiles * 2) close_gathering(t, which, parts);
+}
+
+/* The tiles of [n0, end) for a pair of strips (the last of a sequence may be alone), in turn, so that the second finds K in L1. */
+AMX_INLINE void walk_tiles(queries_state *t, strip_state *strips, int count, int n0, int end, const int parts, const tick_fn tick,
+                           const int density) {
+  const int share = fa_ceil_div(t->strips_v, t->pending_tiles), m0 = strips->lanes.m0;
+  int n = next_tile(t->head, m0, n0, end), now = 0;
   if (n >= end) return;
-  score_products(t, strip, n, t->s[0], parts, no_tick, NULL, 0);
-  while (n < end) {
-    int next = next_tile(t->head, strip->lanes.m0, n + FA_BLOCK_N, end);
-    softmax_work w;
-    int poisoned = !t->shared->v_finite[t->tile + n / FA_BLOCK_N];
-    prepare_tile(t, strip, n, t->s[now], &w, parts);
-    if (poisoned) close_gathering(t, parts);
-    w.p = t->gathering.p + t->gathering.blocks * STRIP_HALVES(parts);
-    if (next < end) score_products(t, strip, next, t->s[1 - now], parts, tick, &w, density);
-    output_products(t, &t->pending, share, parts, tick, &w, density);
-    while (w.left > 0) tick(&w);
-    f32_store(strip->sum, w.sum_0);
-    f32_store(strip->sum + 16, w.sum_1);
-    if (poisoned) {
-      finish_pending(t, parts);
-      output_skipping_zeros(t, strip, n, t->gathering.p);
-    } else {
-      if (t->gathering.blocks == 0) {
-        t->gathering.v = t->v + n / STRIP * t->shared->v_halves;
-        t->gathering.o = strip->o;
+  score_products(t, strips, n, t->s[0], parts, no_tick, NULL, 0);
+  for (int next; n < end; n = next) {
+    const int poisoned = !t->keys.v_finite[n / STRIP] || !t->keys.v_finite[n / STRIP + 1];
+    next = next_tile(t->head, m0, n + FA_BLOCK_N, end);
+    for (int i = 0; i < count; i++, now = 1 - now) {
+      softmax_work w;
+      prepare_tile(t, &strips[i], i, n, t->s[now], &w, parts);
+      if (poisoned) close_gathering(t, i, parts);
+      w.p = t->gathering[i].p + t->gathering[i].blocks * STRIP_HALVES(parts);
+      if (i + 1 < count)
+        score_products(t, &strips[i + 1], n, t->s[1 - now], parts, tick, &w, density);
+      else if (next < end)
+        score_products(t, strips, next, t->s[1 - now], parts, tick, &w, density);
+      output_products(t, share, parts, tick, &w, density);
+      while (w.left > 0) tick(&w);
+      f32_store(strips[i].sum, w.sum_0);
+      f32_store(strips[i].sum + 16, w.sum_1);
+      if (!poisoned) {
+        gather_tile(t, &strips[i], i, n, next != n + FA_BLOCK_N || next >= end, parts);
+        continue;
       }
-      t->gathering.blocks += FA_BLOCK_N / STRIP;
-      if (next != n + FA_BLOCK_N || next >= end || t->gathering.blocks == t->pending_tiles * 2) close_gathering(t, parts);
+      finish_pending(t, i, parts);
+      output_skipping_zeros(t, &strips[i], n, t->gathering[i].p);
     }
-    n = next;
-    now = 1 - now;
   }
 }
 
 /* density: vector work is 32 calls of tick a tile; tile products are 4 a strip of dims, of K and of V, and 32 keys, times 3 for fp16. */
-static void walk_bf16_wide(queries_state *t, strip_state *s, int n0, int end) { walk_tiles(t, s, n0, end, 1, softmax_tick_1, 1); }
-static void walk_bf16_middle(queries_state *t, strip_state *s, int n0, int end) { walk_tiles(t, s, n0, end, 1, softmax_tick_1, 2); }
-static void walk_bf16_narrow(queries_state *t, strip_state *s, int n0, int end) { walk_tiles(t, s, n0, end, 1, softmax_tick_1, 4); }
-static void walk_fp16(queries_state *t, strip_state *s, int n0, int end) { walk_tiles(t, s, n0, end, 2, softmax_tick_2, 1); }
-static void walk_fp16_narrow(queries_state *t, strip_state *s, int n0, int end) { walk_tiles(t, s, n0, end, 2, softmax_tick_2, 2); }
+static void walk_bf16_wide(queries_state *t, strip_state *s, int count, int n0, int end) {
+  walk_tiles(t, s, count, n0, end, 1, softmax_tick_1, 1);
+}
+static void walk_bf16_middle(queries_state *t, strip_state *s, int count, int n0, int end) {
+  walk_tiles(t, s, count, n0, end, 1, softmax_tick_1, 2);
+}
+static void walk_bf16_narrow(queries_state *t, strip_state *s, int count, int n0, int end) {
+  walk_tiles(t, s, count, n0, end, 1, softmax_tick_1, 4);
+}
+static void walk_fp16(queries_state *t, strip_state *s, int count, int n0, int end) {
+  walk_tiles(t, s, count, n0, end, 2, softmax_tick_2, 1);
+}
+static void walk_fp16_narrow(queries_state *t, strip_state *s, int count, int n0, int end) {
+  walk_tiles(t, s, count, n0, end, 2, softmax_tick_2, 2);
+}
 
-static void walk(queries_state *t, strip_state *s, int n0, int end) {
+static void walk(queries_state *t, strip_state *s, int count, int n0, int end) {
   int products = t->strips_qk + t->strips_v;
   if (t->shared->parts == 2)
-    (products > 2 ? walk_fp16 : walk_fp16_narrow)(t, s, n0, end);
+    (products > 2 ? walk_fp16 : walk_fp16_narrow)(t, s, count, n0, end);
   else
-    (products > 6 ? walk_bf16_wide : products > 2 ? walk_bf16_middle : walk_bf16_narrow)(t, s, n0, end);
+    (products > 6 ? walk_bf16_wide : products > 2 ? walk_bf16_middle : walk_bf16_narrow)(t, s, count, n0, end);
 }
 
 static void finish_strip(queries_state *t, strip_state *strip) {
@@ -298,33 +281,16 @@ static void finish_strip(queries_state *t, strip_state *strip) {
                       scale);
 }
 
-/* Whether weights of these rows, unshifted, and their sums stay well inside a float: by Cauchy and Schwarz. load_tile holds the rows. */
-static int can_go_unshifted(const queries_state *t, const strip_state *strip) {
-  const fa_problem *p = t->head->problem;
-  float q_norm, k_norm = 0, v_top = 0, q_top;
-  if (t->score_terms) return 0;
-  fa_amx_row_sizes(t->load_tile, strip->lanes.rows, fa_pad(p->dim_qk), &q_norm, &q_top);
-  for (int n = strip->keys.lo / FA_BLOCK_N; n * FA_BLOCK_N < strip->keys.hi; n++) {
-    k_norm = fmaxf(k_norm, t->shared->k_norm[t->tile + n]);
-    v_top = fmaxf(v_top, t->shared->v_top[t->tile + n]);
-  }
-  float bound = sqrtf(q_norm) * sqrtf(k_norm) * t->shared->factor;
-  return bound <= UNSHIFTED_LOG2 && bound + log2f(v_top) + log2f((float)t->head->seq.len_k) <= OUTPUT_LOG2;
-}
-
 static void start_strip(queries_state *t, strip_state *strip, int m0) {
   const fa_problem *p = t->head->problem;
   set_lanes(t->head, &strip->lanes, m0);
   strip->keys = fa_key_tiles(t->head, m0, strip->lanes.rows);
-  fa_load_queries(t->head, &p->q, m0, strip->lanes.rows, p->dim_qk, t->load_tile);
-  strip->unshifted = can_go_unshifted(t, strip);
   /* A negative scale turns the queries around: the largest product is then the largest score. */
-  fa_amx_take_rows(t->packing, t->load_tile, fa_pad(p->dim_qk), strip->lanes.rows, p->dim_qk, t->shared->parts,
-                   p->score.scale < 0 && !t->score_terms);
+  fa_amx_take_queries(t->packing, t->head, &p->q, m0, strip->lanes.rows, p->dim_qk, p->score.scale < 0 && !t->score_terms);
   fa_amx_put(t->packing, FA_AMX_DIMS_RIGHT, strip->q);
   memset(strip->o, 0, (size_t)t->strips_v * STRIP * STRIP * sizeof(float));
   for (int r = 0; r < STRIP; r++) {
-    strip->shift[r] = strip->unshifted ? 0 : -INFINITY;
+    strip->shift[r] = -INFINITY;
     strip->sum[r] = 0;
   }
 }
@@ -339,11 +305,17 @@ static void forward_rows(queries_state *t, int m0, int end) {
   }
   tiles_begin();
   for (int n0 = lo / PANEL_KEYS * PANEL_KEYS; n0 < hi; n0 += PANEL_KEYS)
-    for (int i = 0; i < count; i++) walk(t, &t->strips[i], fa_max(n0, t->strips[i].keys.lo), fa_min(n0 + PANEL_KEYS, t->strips[i].keys.hi));
-  if (t->shared->parts == 2)
-    finish_pending(t, 2);
-  else
-    finish_pending(t, 1);
+    for (int i = 0; i < count; i += 2) {
+      strip_state *pair = &t->strips[i];
+      const int both = i + 1 < count;
+      walk(t, pair, 1 + both, fa_max(n0, pair[0].keys.lo), fa_min(n0 + PANEL_KEYS, pair[both].keys.hi));
+    }
+  for (int i = 0; i < 2; i++) {
+    if (t->shared->parts == 2)
+      finish_pending(t, i, 2);
+    else
+      finish_pending(t, i, 1);
+  }
   tiles_end();
   for (int i = 0; i < count; i++) finish_strip(t, &t->strips[i]);
 }
@@ -355,26 +327,16 @@ size_t fa_amx_queries_scratch(const fa_problem *p, const fa_amx_forward_shared *
   return arena.used;
 }
 
-/* Tasks run over chunks of strips, last (under causal masks: longest) first, then over heads. */
-void fa_amx_queries_task(int64_t item, int worker, void *context) {
-  const fa_job *job = context;
-  const fa_problem *p = job->problem;
-  const fa_amx_forward_shared *shared = job->extra;
-  fa_arena arena = fa_job_scratch(job, worker);
-  int64_t heads = (int64_t)p->batch * p->heads_q, bh = item % heads;
-  int rows = shared->strips * STRIP, m0 = (job->tiles_m - 1 - (int)(item / heads)) * rows;
-  fa_head head = fa_head_of(p, job->ops, (int)(bh / p->heads_q), (int)(bh % p->heads_q));
-  queries_state t = {.shared = shared, .head = &head, .score_terms = has_score_terms(p)};
-  t.tile = fa_tile_at(&shared->index, head.b, head.h_k, 0);
-  t.k = shared->k + t.tile * 2 * shared->k_halves;
-  t.v = shared->v + t.tile * 2 * shared->v_halves;
+void fa_amx_queries(const fa_amx_forward_shared *shared, const fa_head *head, fa_amx_keys keys, int m0, fa_arena arena) {
+  const fa_problem *p = head->problem;
+  queries_state t = {.shared = shared, .head = head, .keys = keys, .score_terms = has_score_terms(p)};
   t.strips_qk = fa_amx_strips(p->dim_qk);
   t.strips_v = fa_amx_strips(p->dim_v);
   t.pending_tiles = fa_max(2, fa_min(t.strips_v, PENDING_TILES)); /* one strip of dims for each new tile */
   carve(p, shared, &t, &arena);
-  int end = fa_min(m0 + rows, head.seq.slot_q);
-  if (m0 < head.seq.len_q) forward_rows(&t, m0, fa_min(end, head.seq.len_q));
-  fa_amx_write_padding(&head, fa_max(m0, head.seq.len_q), end);
+  int end = fa_min(m0 + shared->strips * STRIP, head->seq.slot_q);
+  if (m0 < head->seq.len_q) forward_rows(&t, m0, fa_min(end, head->seq.len_q));
+  fa_amx_write_padding(head, fa_max(m0, head->seq.len_q), end);
 }
 
 AMX_END

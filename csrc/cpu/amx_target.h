@@ -95,6 +95,14 @@ AMX_INLINE i32x16 bf16_pairs(f32x16 even, f32x16 odd) {
 AMX_INLINE f32x16 bf16_even(i32x16 pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
 AMX_INLINE f32x16 bf16_odd(i32x16 pairs) { return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int32_t)0xFFFF0000))); }
 
+/* sum[i] + a[2i] b[2i] + a[2i + 1] b[2i + 1], of halves that are bf16 */
+AMX_INLINE f32x16 bf16_dot(f32x16 sum, i32x16 a, i32x16 b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+
+/* The larger magnitude of each two bf16, as an integer that orders them; signs of a are ignored. */
+AMX_INLINE i32x16 bf16_larger(i32x16 a, i32x16 largest) {
+  return _mm512_max_epu16(_mm512_and_si512(a, _mm512_set1_epi16(0x7FFF)), largest);
+}
+
 /* a[0], b[0], a[1], b[1] ... of 16 halves each */
 AMX_INLINE i32x16 i16_interleave(const uint16_t *a, const uint16_t *b) {
   i32x16 low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)a));

@@ -71,6 +71,13 @@ AMX_INLINE void product_32x32(const uint16_t *a, int64_t a_step, const uint16_t 
   TILE_STORE(3, c + 16 * c_row + 16, stride);
 }
 
+/* Two rows of a right operand, its parts apart. */
+AMX_INLINE void put_pair(uint16_t *tile, const int parts, f32x16 even, f32x16 odd) {
+  i32x16 high = bf16_pairs(even, odd);
+  i32_store(tile, high);
+  if (parts == 2) i32_store(tile + 2 * TILE_HALVES, bf16_pairs(f32_sub(even, bf16_even(high)), f32_sub(odd, bf16_odd(high))));
+}
+
 /* dst[c][r] = src[r][c]; rows and columns multiples of 16. */
 AMX_INLINE void flip(const float *src, int64_t src_row, int rows, int columns, float *dst, int64_t dst_row) {
   for (int r = 0; r < rows; r += 16)

@@ -13,21 +13,28 @@
 #include "backward.h"
 #include "threads.h"
 
-/* Tiles of keys that a task owns, so that Q and dO are loaded once for all of them. */
-enum { KEY_TILES = 2, TASK_KEYS = KEY_TILES * FA_BLOCK_N };
+enum { MOST_KEY_TILES = 4, WANTED_TASKS = 64 };
+
+/* Tiles of keys that a task owns, so that Q and dO are loaded once for all of them; fewer where that would leave too few tasks. */
+static int key_tiles(const fa_problem *p) {
+  int tiles = MOST_KEY_TILES;
+  while (tiles > 1 && (int64_t)p->batch * p->heads_k * fa_ceil_div(p->seqlen_k, tiles * FA_BLOCK_N) < WANTED_TASKS) tiles /= 2;
+  return tiles;
+}
 
 typedef struct {
-  fa_gradient_tiles tiles[KEY_TILES];  /* they share all but their keys */
-  void *dk[KEY_TILES], *dv[KEY_TILES]; /* [64][dim] */
-  int columns[KEY_TILES];              /* keys of each that are there */
+  int count;
+  fa_gradient_tiles tiles[MOST_KEY_TILES];       /* they share all but their keys */
+  void *dk[MOST_KEY_TILES], *dv[MOST_KEY_TILES]; /* [64][dim] */
+  int columns[MOST_KEY_TILES];                   /* keys of each that are there */
 } keys_tiles;
 
 static keys_tiles carve(const fa_job *job, fa_arena *arena) {
   const fa_problem *p = job->problem;
   size_t real = (size_t)job->ops->real_bytes, ld_qk = (size_t)fa_tile_ld(p->dim_qk), ld_v = (size_t)fa_tile_ld(p->dim_v);
-  keys_tiles t;
+  keys_tiles t = {.count = key_tiles(p)};
   t.tiles[0] = fa_carve_gradient_tiles(job, arena);
-  for (int i = 0; i < KEY_TILES; i++) {
+  for (int i = 0; i < t.count; i++) {
     t.tiles[i] = t.tiles[0];
     if (i > 0) fa_carve_key_side(job, &t.tiles[i], arena);
     t.dk[i] = fa_take(arena, FA_BLOCK_N * ld_qk * real);
@@ -84,12 +91,12 @@ static void store_keys(const fa_head *head, const fa_view *view, const void *til
 static void tile_step(const fa_job *job, const fa_head *head, keys_tiles *t, int m0, int n0) {
   const fa_problem *p = job->problem;
   int rows = fa_min(job->block_m, head->seq.len_q - m0), wanted = 0;
-  for (int i = 0; i < KEY_TILES; i++) wanted |= t->columns[i] > 0 && fa_tile_in_block_mask(head, m0, n0 + i * FA_BLOCK_N);
+  for (int i = 0; i < t->count; i++) wanted |= t->columns[i] > 0 && fa_tile_in_block_mask(head, m0, n0 + i * FA_BLOCK_N);
   if (!wanted) return;
   fa_load_query_side(head, t->tiles, m0, rows);
   fa_ask_for_queries(head, &p->q, m0 + rows, job->block_m, p->dim_qk);
   fa_ask_for_queries(head, &p->grad.dout, m0 + rows, job->block_m, p->dim_v);
-  for (int i = 0; i < KEY_TILES; i++) {
+  for (int i = 0; i < t->count; i++) {
     fa_patch patch = {0, 0, 0, 0};
     int n = n0 + i * FA_BLOCK_N;
     if (t->columns[i] <= 0 || !fa_tile_in_block_mask(head, m0, n)) continue;
@@ -113,7 +120,7 @@ static void head_steps(const fa_job *job, const fa_head *head, keys_tiles *t, in
 
 static void start_keys(const fa_job *job, const fa_head *head, keys_tiles *t, int n0) {
   size_t real = (size_t)job->ops->real_bytes;
-  for (int i = 0; i < KEY_TILES; i++) {
+  for (int i = 0; i < t->count; i++) {
     int n = n0 + i * FA_BLOCK_N;
     t->columns[i] = fa_min(FA_BLOCK_N, head->seq.len_k - n);
     memset(t->dk[i], 0, FA_BLOCK_N * (size_t)fa_tile_ld(job->problem->dim_qk) * real);
@@ -130,15 +137,16 @@ static void keys_task(int64_t item, int worker, void *context) {
   fa_arena arena = fa_job_scratch(job, worker);
   keys_tiles t = carve(job, &arena);
   int64_t heads = (int64_t)p->batch * p->heads_k, bh = item % heads;
-  int turn = (int)(item / heads), n0 = turn * TASK_KEYS, b = (int)(bh / p->heads_k), first = (int)(bh % p->heads_k) * p->group;
-  atomic_int *done = shared->steps + bh * fa_ceil_div(p->seqlen_k, TASK_KEYS) + turn;
+  int turn = (int)(item / heads), keys = t.count * FA_BLOCK_N, n0 = turn * keys, b = (int)(bh / p->heads_k),
+      first = (int)(bh % p->heads_k) * p->group;
+  atomic_int *done = shared->steps + bh * fa_ceil_div(p->seqlen_k, keys) + turn;
   fa_head head = fa_head_of(p, job->ops, b, first);
   start_keys(job, &head, &t, n0);
   for (int g = 0; g < p->group && n0 < head.seq.len_k; g++) {
     head = fa_head_of(p, job->ops, b, first + g);
-    head_steps(job, &head, &t, n0, fa_min(n0 + TASK_KEYS, head.seq.len_k), turn > 0 ? done - 1 : NULL, done);
+    head_steps(job, &head, &t, n0, fa_min(n0 + keys, head.seq.len_k), turn > 0 ? done - 1 : NULL, done);
   }
-  for (int i = 0; i < KEY_TILES; i++) {
+  for (int i = 0; i < t.count; i++) {
     int n = n0 + i * FA_BLOCK_N, slot = fa_min(FA_BLOCK_N, head.seq.slot_k - n);
     if (slot <= 0) break;
     store_keys(&head, &p->grad.dk, t.dk[i], n, slot, p->dim_qk, p->score.scale);
@@ -146,7 +154,9 @@ static void keys_task(int64_t item, int worker, void *context) {
   }
 }
 
-int64_t fa_backward_keys_tasks(const fa_problem *p) { return (int64_t)p->batch * p->heads_k * fa_ceil_div(p->seqlen_k, TASK_KEYS); }
+int64_t fa_backward_keys_tasks(const fa_problem *p) {
+  return (int64_t)p->batch * p->heads_k * fa_ceil_div(p->seqlen_k, key_tiles(p) * FA_BLOCK_N);
+}
 
 fa_code fa_cpu_backward_keys(fa_job *job, fa_error *error) {
   const fa_backward_shared *shared = job->extra;

@@ -55,13 +55,6 @@ static unsigned detect(void) {
   return found;
 }
 #else
-/* Tiles make a thread's saved state larger by 8 KB, so the kernel hands them out on request only: for the whole process, and children keep
- * them. It refuses when some thread's signal stack is too small for that state. */
-static int may_use_tiles(void) {
-  enum { ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18 };
-  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0;
-}
-
 static unsigned detect(void) { return 1u << FA_CPU_ANY; }
 #endif
 

@@ -4,7 +4,8 @@
 
 #include "job.h"
 
-enum { FA_MAX_TOGETHER = 16 };
+/* Tiles of so few rows read every key once, as it lies. */
+enum { FA_FEW_ROWS = 8, FA_MAX_TOGETHER = 16 };
 
 typedef struct {
   int block_m;       /* query rows of a tile: of a divisor of the block mask's size, where there is one */

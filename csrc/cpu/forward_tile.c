@@ -6,8 +6,6 @@
 
 #define LN_2 0.69314718055994530942
 
-enum { FEW_ROWS = 8 };
-
 /* A tile of keys as the rows at hand read it. */
 typedef struct {
   int n0, columns; /* first key, and how many are there */
@@ -119,7 +117,7 @@ void fa_attend_keys(const fa_forward_tile *t, int n0) {
   const key_rows keys = {n0, columns, t->kt, t->v, fa_tile_ld(p->dim_v)};
   fa_patch patch = {0, t->rows, 0, fa_pad(columns)};
   if (!fa_tile_in_block_mask(head, t->m0, n0)) return;
-  if (t->rows * t->count <= FEW_ROWS) {
+  if (t->rows * t->count <= FA_FEW_ROWS) {
     attend_few(t, n0, columns);
     return;
   }

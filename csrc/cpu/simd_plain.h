@@ -12,12 +12,12 @@
 #define MIN_f64(a, b) select_f64((ivec_f64)((a) < (b)), a, b)
 
 #define PLAIN_LANES(suffix, real, lanes)                                                                    \
-  static inline real max_lanes_##suffix(const real *v) {                                                    \
+  static inline real max_lanes_##suffix(vec_##suffix v) {                                                   \
     real best = v[0];                                                                                       \
     for (int i = 1; i < (lanes); i++) best = v[i] > best ? v[i] : best;                                     \
     return best;                                                                                            \
   }                                                                                                         \
-  static inline real sum_lanes_##suffix(const real *v) {                                                    \
+  static inline real sum_lanes_##suffix(vec_##suffix v) {                                                   \
     real sum = 0;                                                                                           \
     for (int i = 0; i < (lanes); i++) sum += v[i];                                                          \
     return sum;                                                                                             \
@@ -29,10 +29,10 @@
 PLAIN_LANES(f32, float, VECTOR_BYTES / 4)
 PLAIN_LANES(f64, double, VECTOR_BYTES / 8)
 
-#define MAX_LANES_f32(v) max_lanes_f32((const float *)&(v))
-#define MAX_LANES_f64(v) max_lanes_f64((const double *)&(v))
-#define SUM_LANES_f32(v) sum_lanes_f32((const float *)&(v))
-#define SUM_LANES_f64(v) sum_lanes_f64((const double *)&(v))
+#define MAX_LANES_f32 max_lanes_f32
+#define MAX_LANES_f64 max_lanes_f64
+#define SUM_LANES_f32 sum_lanes_f32
+#define SUM_LANES_f64 sum_lanes_f64
 
 #define EDGE_f32 4
 #define EDGE_f64 4

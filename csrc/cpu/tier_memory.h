@@ -30,7 +30,7 @@ static void FN(load_row)(REAL *dst, const void *src, fa_dtype dtype, int64_t sta
     case FA_F64: FN(get_row)(dst, src, FA_F64, start, 1, count); break;
     case FA_BF16: FN(get_row)(dst, src, FA_BF16, start, 1, count); break;
     default: {
-      int done = REAL_BITS == 32 ? load_halves((float *)dst, (const uint16_t *)src + start, count) : 0;
+      int done = REAL_BITS == 32 ? load_halves(dst, (const uint16_t *)src + start, count) : 0;
       FN(get_row)(dst + done, src, FA_F16, start + done, 1, count - done);
     }
   }
@@ -91,7 +91,7 @@ static void FN(store)(void *dst, fa_dtype dtype, int64_t row_stride, int64_t col
     else if (dtype == FA_BF16)
       FN(put_row)(dst, FA_BF16, start, 1, row, scale, columns);
     else if (dtype == FA_F16) {
-      int done = REAL_BITS == 32 ? store_halves((uint16_t *)dst + start, (const float *)row, (float)scale, columns) : 0;
+      int done = REAL_BITS == 32 ? store_halves((uint16_t *)dst + start, row, (float)scale, columns) : 0;
       FN(put_row)(dst, FA_F16, start + done, 1, row + done, scale, columns - done);
     } else
       FN(put_row)(dst, FA_F64, start, 1, row, scale, columns);

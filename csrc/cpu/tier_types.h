@@ -23,15 +23,17 @@ TIER_VECTORS(f32, float, int32_t)
 TIER_VECTORS(f64, double, int64_t)
 #include SIMD_HEADER
 
-/* Dense rows of float16 through the tier's own conversion; they return how many elements that was. */
-ALWAYS_INLINE int load_halves(float *dst, const uint16_t *src, int count) {
+/* Dense rows of float16 through the tier's own conversion, to and from float; they return how many elements that was. */
+ALWAYS_INLINE int load_halves(void *floats, const uint16_t *src, int count) {
+  float *dst = floats;
   int i = 0;
   (void)dst, (void)src;
   for (; HALVES && i + HALVES <= count; i += HALVES) LOAD_HALVES(dst + i, src + i);
   return i;
 }
 
-ALWAYS_INLINE int store_halves(uint16_t *dst, const float *src, float scale, int count) {
+ALWAYS_INLINE int store_halves(uint16_t *dst, const void *floats, float scale, int count) {
+  const float *src = floats;
   int i = 0;
   (void)dst;
   for (; HALVES && i + HALVES <= count; i += HALVES) {

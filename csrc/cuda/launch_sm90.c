@@ -1,7 +1,7 @@
 /* launch_sm90.c: tensor maps, the queue's counter, and the launch of fwd_sm90. */
 #include "plan_sm90.h"
 
-enum { MAP_COLUMNS = 64, QUERY_ROWS = 64, OUT_ROWS = 16 /* a warp's share */ };
+enum { MAP_COLUMNS = 64, QUERY_ROWS = 64 };
 
 /* (dim, position, head, batch) in boxes of 64 columns by `rows` positions. Dimensions of one element may have any stride: it is not used. */
 static fa_code map_view(const fa_view *view, fa_dtype dtype, int dim, int64_t positions, int heads, int batch, int rows, fa_tensor_map *map,
@@ -21,13 +21,12 @@ static fa_code map_view(const fa_view *view, fa_dtype dtype, int dim, int64_t po
   return fa_driver_tensor_map(&shape, map, error);
 }
 
-static fa_code map_all(const fa_problem *p, int block_n, fa_tensor_map map[4], fa_error *error) {
+static fa_code map_all(const fa_problem *p, int block_n, fa_tensor_map map[3], fa_error *error) {
   int packed = p->lengths.packed, batch = packed ? 1 : p->batch;
   int64_t rows_q = packed ? p->total_q : p->seqlen_q, rows_k = packed ? p->total_k : p->seqlen_k;
   fa_code code = map_view(&p->q, p->dtype, p->dim_qk, rows_q, p->heads_q, batch, QUERY_ROWS, &map[0], error);
   if (code == FA_OK) code = map_view(&p->k, p->dtype, p->dim_qk, rows_k, p->heads_k, batch, block_n, &map[1], error);
   if (code == FA_OK) code = map_view(&p->v, p->dtype, p->dim_v, rows_k, p->heads_k, batch, block_n, &map[2], error);
-  if (code == FA_OK) code = map_view(&p->out, p->dtype, p->dim_v, rows_q, p->heads_q, batch, OUT_ROWS, &map[3], error);
   return code;
 }
 
@@ -37,7 +36,7 @@ fa_code fa_launch_forward_sm90(const fa_problem *p, const fa_forward_plan *plan,
   const fa_variant variant = {planned->kernel, planned->kernel, planned->constant_count, planned->constants, planned->smem_bytes};
   fa_schedule schedule = fa_schedule_sm90(p, plan);
   const fa_kernel *kernel;
-  fa_tensor_map map[4];
+  fa_tensor_map map[3];
   if (planned->grid == 0) return FA_OK;
   fa_code code = fa_store_get(p->device_index, &variant, &kernel, error);
   if (code == FA_OK) code = map_all(p, plan->block_n, map, error);
@@ -52,6 +51,6 @@ fa_code fa_launch_forward_sm90(const fa_problem *p, const fa_forward_plan *plan,
       .smem_bytes = (unsigned)planned->smem_bytes,
       .stream = stream,
   };
-  void *parameters[] = {arguments, &schedule, &map[0], &map[1], &map[2], &map[3]};
+  void *parameters[] = {arguments, &schedule, &map[0], &map[1], &map[2]};
   return fa_driver_launch(kernel, &shape, parameters, error);
 }

@@ -8,11 +8,12 @@
 #include "plan_sm90.h"
 
 typedef struct {
-  int element_bytes, dim, columns, plain, most_cc, block_m, block_n, warps, stages, ctas;
+  int element_bytes, dim, columns, plain, room, most_cc, block_m, block_n, warps, stages, ctas;
 } forward_tile;
 
 static const forward_tile forward_tiles[] = {
-#define FA_FWD_TILE(size, dim, columns, plain, cc, m, n, warps, stages, ctas) {size, dim, columns, plain, cc, m, n, warps, stages, ctas},
+#define FA_FWD_TILE(size, dim, columns, plain, room, cc, m, n, warps, stages, ctas) \
+  {size, dim, columns, plain, room, cc, m, n, warps, stages, ctas},
 #include "tiles.def"
 #undef FA_FWD_TILE
 };
@@ -54,7 +55,9 @@ static const forward_tile *choose_tile(const fa_problem *p, const fa_device_limi
     const forward_tile *t = &forward_tiles[i];
     if (t->element_bytes != fa_dtype_bytes(p->dtype) || t->dim < fa_max(dim_qk, dim_v) || (t->plain && !plain)) continue;
     if ((t->most_cc && cc > t->most_cc) || (block && (block % t->block_m || block % t->block_n))) continue;
-    if (smem_of(t, dim_qk, fa_min(dim_v, t->columns)) <= limits->smem_per_block_optin) return t;
+    int bytes = smem_of(t, dim_qk, fa_min(dim_v, t->columns));
+    if (bytes > limits->smem_per_block_optin || (t->room && t->ctas * (bytes + FA_RESERVED_SMEM) > limits->smem_per_sm)) continue;
+    return t;
   }
   return NULL;
 }

@@ -6,7 +6,12 @@
 #include "../core/problem.h"
 #include "store/store.h"
 
-enum { FA_MAX_CONSTANTS = 24, FA_MAX_NOTES = 4, FA_WORKSPACE_ALIGNMENT = 256 };
+enum {
+  FA_MAX_CONSTANTS = 24,
+  FA_MAX_NOTES = 4,
+  FA_WORKSPACE_ALIGNMENT = 256,
+  FA_RESERVED_SMEM = 1024, /* what the driver takes of an SM for each CTA */
+};
 
 /* One launch. `kernel` is NULL when it is not needed; file and entry have the same name. */
 typedef struct {

@@ -31,7 +31,6 @@ enum {
   DIM_PAD = 32,
   PLAIN_TILE = 32,      /* rows and keys of a tile of bwd_f64 */
   WORK_SMEM = 128,      /* what bwd_sm80 keeps beside its tiles, rounded up */
-  RESERVED_SMEM = 1024, /* what the driver takes of an SM for each CTA */
   MEMORY_THREADS = 256, /* of a CTA of bwd_prep, bwd_finish, bwd_heads, bwd_f64 */
 };
 
@@ -89,7 +88,7 @@ static const key_tile *choose_keys(const choice *c) {
     if (t->element_bytes != fa_dtype_bytes(p->dtype) || t->dim < dim || (t->plain && !plain)) continue;
     if (block && (block % t->block_m || block % t->block_n)) continue;
     int bytes = key_smem(p, t);
-    if (bytes <= c->smem_limit && (t->ctas == 1 || t->ctas * (bytes + RESERVED_SMEM) <= c->smem_per_sm)) return t;
+    if (bytes <= c->smem_limit && (t->ctas == 1 || t->ctas * (bytes + FA_RESERVED_SMEM) <= c->smem_per_sm)) return t;
   }
   return NULL;
 }

@@ -5,20 +5,23 @@
 #include <string.h>
 
 typedef struct {
-  int dim_qk, dim_v, masking, score, varlen, keys, warpgroups, block_n, stages, q_stages, turns;
+  int dim_qk, dim_v, masking, score, varlen, block, keys, warpgroups, block_n, stages, q_stages, turns;
 } tile_row;
 
 static const tile_row tile_rows[] = {
-#define FA_SM90_TILE(qk, v, masking, score, varlen, keys, wg, n, kv, q, turns) {qk, v, masking, score, varlen, keys, wg, n, kv, q, turns},
+#define FA_SM90_TILE(qk, v, masking, score, varlen, block, keys, wg, n, kv, q, turns) \
+  {qk, v, masking, score, varlen, block, keys, wg, n, kv, q, turns},
 #include "tiles_sm90.def"
 #undef FA_SM90_TILE
 };
 
 enum {
   ANY = 2,
+  QUERY_ROWS = 64,        /* of a warpgroup */
   CHUNK = 64,             /* columns of a swizzled row of 128 bytes */
   SECTION_KIB = 32 << 10, /* keys and values that a section of heads may keep in the L2 cache */
-  SPLIT_BLOCKS = 8,       /* from here on it pays to split the keys of a problem with few query tiles */
+  TILE_SLOTS = 4,
+  SPLIT_BLOCKS = 8, /* from here on it pays to split the keys of a problem with few query tiles */
 };
 
 static int fits(int wanted, int is) { return wanted == ANY || wanted == is; }
@@ -33,17 +36,30 @@ static int has_varlen(const fa_problem *p) { return p->lengths.packed || p->leng
 
 /* As laid out at the head of fwd_sm90.cu. */
 static int smem_of(const tile_row *t) {
-  int slab = CHUNK * 128 * fa_max(chunks(t->dim_qk), chunks(t->dim_v));
+  int slab = QUERY_ROWS * 128 * chunks(t->dim_qk);
   int ring = t->stages * t->block_n * 128 * (chunks(t->dim_qk) + chunks(t->dim_v));
-  int barriers = 2 * t->warpgroups * t->q_stages + 4 * t->stages + 4;
-  return t->q_stages * t->warpgroups * slab + ring + 2 * 64 + 8 * barriers;
+  int tiles = TILE_SLOTS * 48 + (t->stages + 1) / 2 * 8;
+  int barriers = 2 * t->warpgroups * t->q_stages + 4 * t->stages + 2 * TILE_SLOTS;
+  return t->q_stages * t->warpgroups * slab + ring + tiles + 8 * barriers;
 }
+
+static int has_blocks(const fa_problem *p) { return p->visibility.block_mask.data != NULL; }
+
+/* Every tile lies within one row of the block mask, every key block within one column. */
+static int divides_blocks(const fa_problem *p, const tile_row *t) {
+  int size = p->visibility.block_size;
+  return !has_blocks(p) || (size % (QUERY_ROWS * t->warpgroups) == 0 && size % t->block_n == 0);
+}
+
+/* Tiles are of unequal length. */
+static int is_uneven(const fa_problem *p) { return has_masking(p) || has_varlen(p) || has_blocks(p); }
 
 static const tile_row *choose_row(const fa_problem *p, const fa_device_limits *limits) {
   for (size_t i = 0; i < sizeof tile_rows / sizeof *tile_rows; i++) {
     const tile_row *t = &tile_rows[i];
     if (p->dim_qk <= t->dim_qk && p->dim_v <= t->dim_v && fits(t->masking, has_masking(p)) && fits(t->score, fa_changes_scores(p)) &&
-        fits(t->varlen, has_varlen(p)) && p->seqlen_k >= t->keys && smem_of(t) <= limits->smem_per_block_optin)
+        fits(t->varlen, has_varlen(p)) && t->block == has_blocks(p) && divides_blocks(p, t) && p->seqlen_k >= t->keys &&
+        smem_of(t) <= limits->smem_per_block_optin)
       return t;
   }
   return NULL;
@@ -71,7 +87,6 @@ static const char *why_not(const fa_problem *p, const fa_device_limits *limits) 
   if (p->dropout.p > 0) return "fwd_sm90: dropout_p is not 0";
   if (p->score.bias.data) return "fwd_sm90: there is a bias";
   if (p->visibility.mask.data) return "fwd_sm90: there is a mask";
-  if (p->visibility.block_mask.data) return "fwd_sm90: there is a block_mask";
   if (p->seqlen_q == 0 || p->seqlen_k == 0 || p->batch == 0) return "fwd_sm90: there is nothing to multiply";
   if (p->total_q > INT32_MAX || p->total_k > INT32_MAX) return "fwd_sm90: more than 2^31 positions";
   if (!tma_can_read_all(p))
@@ -89,8 +104,9 @@ static void add_constants(fa_planned_kernel *k, const fa_problem *p, const tile_
       {"DTYPE", (int)p->dtype},  {"HEAD_DIM", t->dim_qk},       {"DIM_V", t->dim_v},
       {"BLOCK_N", t->block_n},   {"WARPGROUPS", t->warpgroups}, {"STAGES", t->stages},
       {"Q_STAGES", t->q_stages}, {"PINGPONG", t->turns},        {"OVERLAP", 1},
+
       {"LAZY_RESCALE", 1},       {"MASKING", has_masking(p)},   {"SCORE", fa_changes_scores(p)},
-      {"VARLEN", has_varlen(p)},
+      {"VARLEN", has_varlen(p)}, {"BLOCK_MASK", has_blocks(p)},
   };
   for (size_t i = 0; i < sizeof constants / sizeof *constants; i++) fa_add_constant(k, constants[i].name, constants[i].value);
 }
@@ -99,8 +115,9 @@ const char *fa_plan_forward_sm90(const fa_problem *p, const fa_device_limits *li
   const char *reason = why_not(p, limits);
   if (reason) return reason;
   const tile_row *t = choose_row(p, limits);
+  if (!t && has_blocks(p)) return "fwd_sm90: no tile divides the blocks of block_mask";
   if (!t) return "fwd_sm90: no tile for these head dims within the device's shared memory";
-  int block_m = 64 * t->warpgroups;
+  int block_m = QUERY_ROWS * t->warpgroups;
   int64_t tiles = fa_sequence_tiles(p, p->total_q, p->seqlen_q, block_m), heads = (int64_t)p->heads_q * (p->lengths.packed ? 1 : p->batch);
   if (tiles * heads > INT32_MAX / 2) return "fwd_sm90: more than 2^30 query tiles";
   if (wants_split(p, limits, t, tiles * heads)) return "fwd_sm90: the query rows are too few to fill the GPU, so the keys are split";
@@ -113,7 +130,7 @@ const char *fa_plan_forward_sm90(const fa_problem *p, const fa_device_limits *li
   plan->stages = t->stages;
   plan->tiles = (int)tiles;
   plan->splits = 1;
-  plan->workspace_bytes = tiles * heads > grid ? FA_WORKSPACE_ALIGNMENT : 0; /* the queue's counter */
+  plan->workspace_bytes = tiles * heads > grid && is_uneven(p) ? FA_WORKSPACE_ALIGNMENT : 0; /* the queue's counter */
   return NULL;
 }
 
@@ -122,7 +139,7 @@ int fa_plan_is_sm90(const fa_forward_plan *plan) { return plan->main.kernel && s
 fa_schedule fa_schedule_sm90(const fa_problem *p, const fa_forward_plan *plan) {
   int heads = p->heads_q * (p->lengths.packed ? 1 : p->batch);
   int64_t section = p->group;
-  if (has_masking(p)) { /* tiles of unequal length: heads side by side, so that each starts with its longest */
+  if (is_uneven(p)) { /* tiles of unequal length: heads side by side, so that each starts with its longest */
     int64_t head_bytes = (int64_t)p->seqlen_k * (p->dim_qk + p->dim_v) * 2, fitting = ((int64_t)SECTION_KIB << 10) / head_bytes;
     section *= fitting < 1 ? 1 : fitting;
   }

@@ -12,7 +12,7 @@
 
 #define AMX_BEGIN
 #define AMX_END
-#define AMX_INLINE static inline __attribute__((always_inline))
+#define AMX_INLINE static inline /* left to the compiler: it is done sooner */
 
 typedef struct {
   _Alignas(64) float lane[16];
@@ -119,6 +119,20 @@ static inline i32x16 bf16_pairs(f32x16 even, f32x16 odd) {
 
 static inline f32x16 bf16_even(i32x16 pairs) { EACH_LANE(fa_float(pairs.lane[i] << 16)); }
 static inline f32x16 bf16_odd(i32x16 pairs) { EACH_LANE(fa_float(pairs.lane[i] & 0xFFFF0000u)); }
+
+static inline f32x16 bf16_dot(f32x16 sum, i32x16 a, i32x16 b) {
+  for (int i = 0; i < 16; i++) sum.lane[i] += bf16_even(a).lane[i] * bf16_even(b).lane[i] + bf16_odd(a).lane[i] * bf16_odd(b).lane[i];
+  return sum;
+}
+
+static inline i32x16 bf16_larger(i32x16 a, i32x16 largest) {
+  for (int i = 0; i < 16; i++) {
+    uint32_t low = a.lane[i] & 0x7FFFu, high = a.lane[i] & 0x7FFF0000u;
+    uint32_t least = largest.lane[i] & 0xFFFFu, most = largest.lane[i] & 0xFFFF0000u;
+    largest.lane[i] = (low > least ? low : least) | (high > most ? high : most);
+  }
+  return largest;
+}
 
 static inline i32x16 i16_interleave(const uint16_t *a, const uint16_t *b) {
   i32x16 x;

@@ -90,42 +90,25 @@ static inline void cp_async_bulk_tensor_load(uint32_t dst, const fa_tma_map *map
   b->bytes -= m->box[0] * m->box[1] * 2;
   model_barrier_check(b);
 }
-static inline void cp_async_bulk_tensor_store(const fa_tma_map *map, uint32_t src, int c0, int c1, int c2, int c3) {
-  const model_map *m = (const model_map *)map;
-  int c[4] = {c0, c1, c2, c3};
-  for (uint32_t row = 0; row < m->box[1]; row++)
-    for (uint32_t column = 0; column < m->box[0]; column++) {
-      char *to = model_element(m, c, (int)column, (int)row);
-      if (to) memcpy(to, shared + model_swizzle(src + row * 128 + column * 2), 2);
-    }
-}
 static inline void prefetch_tensormap(const fa_tma_map *) {}
-static inline void cp_async_bulk_commit_group() {}
-static inline void cp_async_bulk_wait_group_read() {}
-static inline void cp_async_bulk_wait_group() {}
-static inline void fence_proxy_async_shared() {}
-static inline void st_shared_b16(uint32_t dst, uint16_t x) { memcpy(shared + dst, &x, 2); }
+static inline void st_global_v2(void *dst, uint32_t r0, uint32_t r1) {
+  if ((uintptr_t)dst % 8) abort();
+  memcpy(dst, &r0, 4), memcpy((char *)dst + 4, &r1, 4);
+}
+static inline int __float_as_int(float x) { return (int)__float_as_uint(x); }
 static inline int laneid() { return model_lane(); }
-static inline void bar_warp_sync(uint32_t mask) { if (mask != 0xFFFFFFFFu) abort(); __syncwarp(); }
+static inline void st_shared_if_negative(uint32_t, float x) { if (x < 0) abort(); }
 #define forget_origin(pointer) ((void)0)
 #define setmaxnreg_dec(registers) ((void)0)
 #define setmaxnreg_inc(registers) ((void)0)
-
-static inline void stmatrix_x4(uint32_t row_smem, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
-  uint32_t r[4] = {r0, r1, r2, r3};
-  for (int i = 0; i < 4; i++) {
-    uint32_t at = __shfl_sync(0, row_smem, 8 * i + model_lane() / 4);
-    memcpy(shared + at + model_lane() % 4 * 4, &r[i], 4);
-  }
-  __syncwarp();
-}
 
 static inline void wgmma_fence() {}
 static inline void wgmma_commit_group() {}
 #define wgmma_wait_group(pending) ((void)0)
 static inline void wgmma_hold(float *, int) {}
-static inline uint64_t wgmma_descriptor(uint32_t address, int leading) {
-  return (uint64_t)(1u << 30 | 1024 >> 4) << 32 | address >> 4 | (uint32_t)(leading >> 4) << 16;
+static inline uint32_t wgmma_start(uint32_t address, int leading) { return address >> 4 | (uint32_t)(leading >> 4) << 16; }
+static inline uint64_t wgmma_descriptor(uint32_t start, int offset) {
+  return (uint64_t)(1u << 30 | 1024 >> 4) << 32 | (start + (uint32_t)(offset >> 4));
 }
 
 static inline float model_half(uint16_t x) { return DTYPE == 4 ? fa_from_bf16(x) : fa_from_f16(x); }

@@ -24,7 +24,13 @@
  *
  * Registers a thread: O takes BLOCK_M / WARPS * DIM_V / 32, S takes BLOCK_M / WARPS * BLOCK_N / 32; csrc/cuda/tiles.def keeps their sum at
  * 160 or less of 255. What limits: the latency of mma.sync with two warps a scheduler (ncu: tensor pipe 45 % busy, most stalls are fixed latencies), then
- * its rate, about 0.62 of what wgmma reaches on sm_90, then the exponential.
+ * its rate, about 0.62 of what wgmma reaches on sm_90, then the exponential. fp32: splitting operands into their TF32 terms, then the rate.
+ *
+ * What it takes, for bf16, equal dims, no feature of its own, compiled by NVRTC 13.0:
+ *   sm_80   HEAD_DIM=64   255 registers   49152 bytes
+ *   sm_80   HEAD_DIM=128  255 registers   69632 bytes
+ *   sm_80   HEAD_DIM=256  247 registers   81920 bytes
+ *   sm_120  HEAD_DIM=128  255 registers   69632 bytes
  *
  * A weight of 0 times a value of infinity or NaN is NaN, though the pair was masked. Nothing in the loop guards against that: when O
  * holds a NaN at the end, the tile is computed again with the finite values alone, and twice more to find the infinite ones that are due.
@@ -52,9 +58,10 @@
 #define Q_TILE_BYTES (BLOCK_M * Q_ROW_BYTES)
 #define K_TILE_BYTES (BLOCK_N * Q_ROW_BYTES)
 #define V_TILE_BYTES (BLOCK_N * V_ROW_BYTES)
-#define PLAIN_STEPS (!SCORE && !DROPOUT && ALIGNED) /* a copy of the loop without what most tiles do not need */
-#define COLUMN0 ((int)blockIdx.y * DIM_V)           /* first column of V and O of this CTA */
-#define O_PITCH (DIM_V + 8)                         /* floats; eight apart, so that the quads of a warp write to different banks */
+/* A copy of the loop without what most tiles do not need. In fp32 the products take so long that it saves nothing. */
+#define PLAIN_STEPS (!SCORE && !DROPOUT && ALIGNED && DTYPE != FA_ARG_F32)
+#define COLUMN0 ((int)blockIdx.y * DIM_V) /* first column of V and O of this CTA */
+#define O_PITCH (DIM_V + 8)               /* floats; eight apart, so that the quads of a warp write to different banks */
 
 /* A warp's state. Row r of fragment m is row 16 * m + lane / 4 + 8 * r of the warp. */
 typedef struct {

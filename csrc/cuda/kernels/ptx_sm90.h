@@ -41,7 +41,7 @@ FA_INLINE void mbarrier_wait_parity(uint32_t bar_smem, int parity) {
 FA_INLINE void bar_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 FA_INLINE void bar_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-/* ---- TMA: boxes of a tensor of rank 4 between global and shared memory ---- */
+/* ---- TMA: boxes of a tensor of rank 4 from global to shared memory ---- */
 
 typedef struct {
   __align__(64) unsigned char opaque[128]; /* as cuTensorMapEncodeTiled wrote it */
@@ -57,29 +57,10 @@ FA_INLINE void cp_async_bulk_tensor_load(uint32_t dst_smem, const fa_tma_map *ma
       : "memory");
 }
 
-/* Nothing is written outside the tensor. */
-FA_INLINE void cp_async_bulk_tensor_store(const fa_tma_map *map, uint32_t src_smem, int c0, int c1, int c2, int c3) {
-  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map), "r"(src_smem), "r"(c0),
-               "r"(c1), "r"(c2), "r"(c3)
-               : "memory");
+/* 8 bytes to global memory. */
+FA_INLINE void st_global_v2(void *dst_gmem, uint32_t r0, uint32_t r1) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(dst_gmem), "r"(r0), "r"(r1) : "memory");
 }
-
-FA_INLINE void cp_async_bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-
-/* This thread's stores have read their shared memory, or have reached global memory. */
-FA_INLINE void cp_async_bulk_wait_group_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-FA_INLINE void cp_async_bulk_wait_group() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-
-/* This thread's ordinary writes to shared memory come before what the TMA and wgmma read after the next barrier. */
-FA_INLINE void fence_proxy_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-/* Four 8x8 matrices of 16-bit elements, the inverse of ldmatrix_x4. */
-FA_INLINE void stmatrix_x4(uint32_t row_smem, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_smem), "r"(r0), "r"(r1), "r"(r2), "r"(r3)
-               : "memory");
-}
-
-FA_INLINE void st_shared_b16(uint32_t dst_smem, uint16_t x) { asm volatile("st.shared.b16 [%0], %1;" ::"r"(dst_smem), "h"(x) : "memory"); }
 
 /* Volatile: read anew where it is asked for, so that nothing computed from it is kept in registers through a long loop. */
 FA_INLINE int laneid() {
@@ -88,8 +69,9 @@ FA_INLINE int laneid() {
   return lane;
 }
 
-/* The warp's lanes in `mask` meet. */
-FA_INLINE void bar_warp_sync(uint32_t mask) { asm volatile("bar.warp.sync %0;" ::"r"(mask) : "memory"); }
+FA_INLINE void st_shared_if_negative(uint32_t dst_smem, float x) {
+  asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %1, 0f00000000;\n@p st.shared.f32 [%0], %1;\n}" ::"r"(dst_smem), "f"(x) : "memory");
+}
 
 /* No instruction: the compiler forgets where a pointer came from, and computes nothing from it ahead of this point. */
 #define forget_origin(pointer) asm volatile("" : "+l"(pointer))
@@ -115,9 +97,13 @@ FA_INLINE void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.alig
 
 /* A matrix in shared memory made of 128-byte rows, swizzled over 1024-byte groups of 8 rows as TMA's 128-byte mode writes them. Along the
  * direction of the rows it goes on `leading_bytes` further; only operands that run along their M or N there (transposed) use that. */
-FA_INLINE uint64_t wgmma_descriptor(uint32_t address_smem, int leading_bytes) {
-  uint32_t low = address_smem >> 4 | (uint32_t)(leading_bytes >> 4) << 16;
-  return (uint64_t)(1u << 30 | 1024 >> 4) << 32 | low;
+FA_INLINE uint32_t wgmma_start(uint32_t address_smem, int leading_bytes) {
+  return address_smem >> 4 | (uint32_t)(leading_bytes >> 4) << 16;
+}
+
+/* The matrix that starts `offset_bytes`, a multiple of 16, behind the one at `start`. */
+FA_INLINE uint64_t wgmma_descriptor(uint32_t start, int offset_bytes) {
+  return (uint64_t)(1u << 30 | 1024 >> 4) << 32 | (start + (uint32_t)(offset_bytes >> 4));
 }
 
 /* The compiler must not move reads or writes of these registers across this point. */

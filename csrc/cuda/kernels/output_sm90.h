@@ -1,0 +1,121 @@
+/* output_sm90.h: the end of a tile: lse, O / sum to global memory, and the repair of rows that are not finite.
+ *
+ * Each warp writes its 16 rows from its registers, 32 bytes of a row at a time, which are whole sectors of the cache: shared memory stays with Q, K
+ * and V, so the next tile need not wait for this.
+ *
+ * Expects DIM_V, BLOCK_MASK.
+ */
+#ifndef FA_OUTPUT_SM90_H
+#define FA_OUTPUT_SM90_H
+
+#include "score.h"
+#include "softmax.h"
+#include "work_sm90.h"
+
+#define O_FRAGS (DIM_V / 8)
+
+/* lse of the warp's rows from row0 on, and what O has to be multiplied with: 0 where a row saw nothing. Ends the sums of the quads. */
+FA_INLINE void end_statistics(const fa_forward_args *args, const work *t, int row0, const float max[2], const float sum[2],
+                              float factor[2]) {
+  int lane = laneid();
+  float sink = fa_sink_of_head(&args->problem, t->h);
+  char *lse_gmem = fa_head_base(&args->lse, 4, t->b, t->h, t->q_start);
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    int row = row0 + (lane >> 2) + 8 * r, used = row < t->len_q;
+    float total = fa_quad_sum(sum[r]), lse = used ? fa_log_sum_exp(max[r], total) : MINUS_INFINITY;
+    factor[r] = total == 0.0f || !used ? 0.0f : __fdividef(1.0f, total);
+    if (used && sink != MINUS_INFINITY) { /* one more term of the sum, relative to the larger of the two */
+      float larger = fmaxf(lse, sink), kept = ex2_approx((lse - larger) * LOG2E), both = kept + ex2_approx((sink - larger) * LOG2E);
+      factor[r] *= kept / both;
+      lse = larger + __logf(both);
+    }
+    if (lane % 4 == 0 && row < t->slot_q) ((float *)lse_gmem)[row * args->lse.s] = lse;
+  }
+}
+
+/* One bit for each of the warp's 16 rows whose O holds an infinity or a NaN which its statistics do not call for. */
+FA_INLINE unsigned rows_not_finite(float o[O_FRAGS][4], const float factor[2]) {
+  unsigned rows = 0;
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    float zero = 0.0f;
+#pragma unroll
+    for (int d = 0; d < O_FRAGS; d++) zero += (o[d][2 * r] + o[d][2 * r + 1]) * 0.0f;
+    int bad = factor[r] > 0.0f && zero != zero; /* a factor of NaN: the row is due to be NaN */
+    for (unsigned lanes = __ballot_sync(0xFFFFFFFFu, bad); lanes; lanes &= lanes - 1) rows |= 1u << ((__ffs(lanes) - 1) / 4 + 8 * r);
+  }
+  return rows;
+}
+
+/* O times factor. Of two fragments, 16 columns, a lane holds columns 2q, 2q + 1 and 2q + 8, 2q + 9; it swaps with its neighbour so that it has four
+ * columns in a row, and a quad 16: even lanes those of the first fragment, odd lanes those of the second. */
+FA_INLINE void write_output(const fa_forward_args *args, const work *t, int row0, float o[O_FRAGS][4], const float factor[2]) {
+  int lane = laneid(), odd = lane & 1, column = 8 * odd + 2 * (lane & 2), row = row0 + (lane >> 2);
+  int64_t stride = args->out.s * 2;
+  char *out_gmem = fa_head_base(&args->out, 2, t->b, t->h, t->q_start) + row * stride + column * 2;
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    int columns = row + 8 * r < t->slot_q ? args->problem.dim_v - column : 0;
+#pragma unroll
+    for (int d = 0; d < O_FRAGS; d += 2) {
+      uint32_t first = fa_pack(o[d][2 * r] * factor[r], o[d][2 * r + 1] * factor[r]);
+      uint32_t second = fa_pack(o[d + 1][2 * r] * factor[r], o[d + 1][2 * r + 1] * factor[r]);
+      if (factor[r] == 0.0f) first = second = 0; /* O may be anything where nothing was added */
+      uint32_t swapped = __shfl_xor_sync(0xFFFFFFFFu, odd ? first : second, 1);
+      if (8 * d < columns) st_global_v2(out_gmem + 8 * r * stride + 16 * d, odd ? swapped : first, odd ? second : swapped);
+    }
+  }
+}
+
+/* One row again, from its visible keys alone, by one warp; lane i computes columns i, i + 32, ... */
+FA_INLINE void repair_row(const fa_forward_args *args, const work *t, int row) {
+  const fa_arg_problem *p = &args->problem;
+  int lane = laneid();
+  fa_tile tile = {t->b, t->h, 0, 0, 0, 0, 0, 0, 0, 0};
+  fa_read_lengths(p, &tile);
+  fa_score_head head = fa_score_of_head(p, &tile);
+  const char *q_gmem = fa_head_base(&args->q, 2, t->b, t->h, tile.q_start + row);
+  const char *k_gmem = fa_head_base(&args->k, 2, t->b, t->h / p->group, tile.k_start);
+  const char *v_gmem = fa_head_base(&args->v, 2, t->b, t->h / p->group, tile.k_start);
+  char *out_gmem = fa_head_base(&args->out, 2, t->b, t->h, tile.q_start + row);
+  float lse = *(volatile const float *)fa_head_base(&args->lse, 4, t->b, t->h, tile.q_start + row); /* this warp wrote it */
+  int lo = fa_row_lo(p->rule, tile.len_q, tile.len_k, row), hi = fa_row_hi(p->rule, tile.len_q, tile.len_k, row);
+  float o[(DIM_V + 31) / 32] = {0};
+#pragma unroll 1
+  for (int j0 = lo & ~31; j0 < hi; j0 += 32) {
+    int j = j0 + lane;
+    float weight = 0.0f;
+    int seen = j >= lo && j < hi && (!BLOCK_MASK || block_is_seen(p, t->b, t->h, t->m0, j));
+    if (seen) {
+      float product = 0.0f;
+#pragma unroll 1
+      for (int d = 0; d < p->dim_qk; d++) product += fa_load_f32(q_gmem, DTYPE, d) * fa_load_f32(k_gmem, DTYPE, j * args->k.s + d);
+      float score = fa_score_at(p, &head, product, row, j);
+      seen = score != MINUS_INFINITY;
+      weight = ex2_approx((score - lse) * LOG2E);
+    }
+    for (unsigned left = __ballot_sync(0xFFFFFFFFu, seen); left; left &= left - 1) {
+      int from = __ffs(left) - 1;
+      float w = __shfl_sync(0xFFFFFFFFu, weight, from);
+#pragma unroll
+      for (int i = 0; i < (DIM_V + 31) / 32; i++) {
+        int d = lane + 32 * i;
+        if (d < p->dim_v) o[i] += w * fa_load_f32(v_gmem, DTYPE, (j0 + from) * args->v.s + d);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < (DIM_V + 31) / 32; i++)
+    if (lane + 32 * i < p->dim_v) fa_store_element(out_gmem + (lane + 32 * i) * 2, o[i]);
+}
+
+/* The warp's rows from row0 on whose bits are set. */
+FA_INLINE void repair_rows(const fa_forward_args *args, const work *t, int row0, unsigned rows) {
+  forget_origin(args); /* or what can be computed ahead of the main loop is, and takes registers there */
+  __syncwarp();        /* the rows below were written by other lanes, and so was their lse */
+#pragma unroll 1
+  for (; rows; rows &= rows - 1) repair_row(args, t, row0 + __ffs(rows) - 1);
+}
+
+#endif

@@ -1,0 +1,155 @@
+/* scores_sm90.h: from the products of one key block to weights, on the accumulators of a warpgroup.
+ *
+ * Expects BLOCK_N, MASKING, SCORE.
+ */
+#ifndef FA_SCORES_SM90_H
+#define FA_SCORES_SM90_H
+
+#include "score.h"
+#include "softmax.h"
+#include "work_sm90.h"
+
+#define S_FRAGS (BLOCK_N / 8)
+
+/* What masks and scores depend on. Where they are needed the tile is read again, rather than kept in registers through the loop. */
+typedef struct {
+  const fa_arg_problem *problem;
+  uint32_t tile_smem;
+  int warp_row; /* first row of the warp within the tile */
+  int n0;       /* first key of the block */
+} block_place;
+
+/* Scale, softcap, ALiBi. */
+FA_INLINE void change_scores(float s[S_FRAGS][4], const block_place *at) {
+  work t = receive_work(at->problem, at->tile_smem);
+  fa_tile tile = {t.b, t.h, 0, 0, 0, 0, t.len_q, t.len_k, 0, 0};
+  fa_score_head head = fa_score_of_head(at->problem, &tile);
+  int lane = laneid(), column = at->n0 + 2 * (lane & 3);
+#pragma unroll
+  for (int n = 0; n < S_FRAGS; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) s[n][e] = fa_cap(&head, s[n][e]);
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    int row = t.m0 + at->warp_row + (lane >> 2) + 8 * r;
+    if (head.slope != 0.0f) {
+      float distance = (float)(row + head.off - column);
+#pragma unroll
+      for (int n = 0; n < S_FRAGS; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) s[n][2 * r + e] -= head.slope * fabsf(distance - (float)(8 * n + e));
+    }
+  }
+}
+
+/* Scores outside the rows' intervals of keys become -infinity. */
+FA_INLINE void mask_scores(float s[S_FRAGS][4], const block_place *at) {
+  const fa_arg_problem *p = at->problem;
+  work t = receive_work(p, at->tile_smem);
+  int lane = laneid(), column = at->n0 + 2 * (lane & 3);
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    int row = t.m0 + at->warp_row + (lane >> 2) + 8 * r;
+    int hi = (MASKING ? fa_row_hi(p->rule, t.len_q, t.len_k, row) : t.len_k) - column;
+#pragma unroll
+    for (int n = 0; n < S_FRAGS; n++)
+#pragma unroll
+      for (int e = 0; e < 2; e++)
+        if (8 * n + e >= hi) s[n][2 * r + e] = MINUS_INFINITY;
+    if (MASKING && p->rule.window_left >= 0) {
+      int lo = fa_row_lo(p->rule, t.len_q, t.len_k, row) - column;
+#pragma unroll
+      for (int n = 0; n < S_FRAGS; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+          if (8 * n + e < lo) s[n][2 * r + e] = MINUS_INFINITY;
+    }
+  }
+}
+
+/* Whether the running maxima may stay: no score of the warp exceeds its row's by more than LAZY. Every lane looks at its own columns alone, and says
+ * no too when one of its rows has no positive score: as long as one is positive floats compare like integers, of which the GPU takes the maximum of
+ * three at a time. Even and odd fragments make two chains, which do not wait for each other. */
+FA_INLINE int maxima_may_stay(float s[S_FRAGS][4], float to_log2, const float max[2]) {
+  int top[4] = {__float_as_int(s[0][0]), __float_as_int(s[0][2]), __float_as_int(s[1][0]), __float_as_int(s[1][2])}, stay = 1;
+#pragma unroll
+  for (int n = 0; n < S_FRAGS; n++)
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      int *here = &top[n % 2 * 2 + r];
+      *here = fa_max(fa_max(__float_as_int(s[n][2 * r]), __float_as_int(s[n][2 * r + 1])), *here);
+    }
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    float largest = __int_as_float(fa_max(top[r], top[2 + r])) * to_log2;
+    stay = stay && largest >= 0.0f && largest <= max[r] + LAZY;
+  }
+  return __all_sync(0xFFFFFFFFu, stay);
+}
+
+/* Moves the running maxima of the warp's rows to where they are. `rescale` is what sums and O have to be multiplied with. */
+FA_INLINE void move_maxima(float s[S_FRAGS][4], float to_log2, float max[2], float rescale[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    float top = s[0][2 * r];
+#pragma unroll
+    for (int n = 0; n < S_FRAGS; n++) top = fmaxf(top, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
+    float moved = fmaxf(max[r], fa_quad_max(top * to_log2));
+    rescale[r] = moved == MINUS_INFINITY ? 1.0f : ex2_approx(max[r] - moved);
+    max[r] = moved;
+  }
+}
+
+/* x, but not before y is known. `zero` is 0, which only the host knows. */
+FA_INLINE float after(float x, float y, int zero) { return __uint_as_float(__float_as_uint(x) | (__float_as_uint(y) & (uint32_t)zero)); }
+
+/* What the weights of a block go by: max, but 0 for a row that has seen nothing; and the sums as they were two fragments ago. */
+typedef struct {
+  float shift[2], known[2];
+} weighing;
+
+/* Fragments first to end - 1 of the scores become weights exp2(score * to_log2 - max), and sum[] grows by this lane's part of them. The exponential
+ * unit is what is short: so that it starts at once and never waits, the multiplications for two fragments wait for the weights of the two before
+ * the last, or ptxas would do all of them first. */
+FA_INLINE void weigh(float s[S_FRAGS][4], int first, int end, float to_log2, weighing *w, float sum[2], int zero) {
+#pragma unroll
+  for (int n = first; n < end; n++)
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      if (n % 2 == 0) {
+        if (n >= 4) w->shift[r] = after(w->shift[r], w->known[r], zero);
+        w->known[r] = sum[r];
+      }
+#pragma unroll
+      for (int e = 2 * r; e < 2 * r + 2; e++) {
+        s[n][e] = ex2_approx(__fmaf_rn(s[n][e], to_log2, -w->shift[r]));
+        sum[r] += s[n][e];
+      }
+    }
+}
+
+/* Prepares the scores of one block for weigh: masks and running maxima. Returns whether O has to be multiplied with `rescale` before their
+ * weights are added. */
+FA_INLINE int prepare_scores(float s[S_FRAGS][4], const block_place *at, float to_log2, int masked, float max[2], float sum[2],
+                             float rescale[2], weighing *w) {
+  if (SCORE) change_scores(s, at);
+  if (masked) mask_scores(s, at);
+  int moved = SCORE || masked || !LAZY_RESCALE || !maxima_may_stay(s, to_log2, max);
+  if (moved) move_maxima(s, to_log2, max, rescale);
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    if (moved) sum[r] *= rescale[r];
+    w->shift[r] = max[r] == MINUS_INFINITY ? 0.0f : max[r];
+  }
+  return moved;
+}
+
+FA_INLINE void pack_weights(uint32_t p[2 * S_FRAGS], float s[S_FRAGS][4]) {
+#pragma unroll
+  for (int n = 0; n < S_FRAGS; n++) {
+    p[2 * n] = fa_pack(s[n][0], s[n][1]);
+    p[2 * n + 1] = fa_pack(s[n][2], s[n][3]);
+  }
+}
+
+#endif
