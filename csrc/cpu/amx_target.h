@@ -10,7 +10,11 @@
 
 #define AMX_BEGIN FA_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16")
 #define AMX_END FA_TARGET_END
+#ifdef __OPTIMIZE__
 #define AMX_INLINE static inline __attribute__((always_inline))
+#else
+#define AMX_INLINE static inline __attribute__((unused)) /* nothing is inlined through a pointer then */
+#endif
 
 AMX_BEGIN
 

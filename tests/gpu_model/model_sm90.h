@@ -36,12 +36,24 @@ static model_named model_named_barriers[16];
 static inline model_barrier *model_barrier_at(uint32_t bar) { return &model_barriers[bar / 8 % 64]; }
 static inline void model_barrier_check(model_barrier *b) {
   if (b->arrived == b->count && b->bytes == 0) b->arrived = 0, b->phase++;
-  if (b->arrived > b->count) { fprintf(stderr, "too many arrivals\n"); abort(); }
+  if (b->arrived > b->count) {
+    fprintf(stderr, "too many arrivals\n");
+    abort();
+  }
 }
 static inline void mbarrier_init(uint32_t bar, int count) { *model_barrier_at(bar) = model_barrier{count, 0, 0, 0}; }
 static inline void fence_mbarrier_init() { memset(model_named_barriers, 0, sizeof model_named_barriers); }
-static inline void mbarrier_arrive(uint32_t bar) { model_barrier *b = model_barrier_at(bar); b->arrived++; model_barrier_check(b); }
-static inline void mbarrier_arrive_expect_tx(uint32_t bar, int bytes) { model_barrier *b = model_barrier_at(bar); b->arrived++; b->bytes += bytes; model_barrier_check(b); }
+static inline void mbarrier_arrive(uint32_t bar) {
+  model_barrier *b = model_barrier_at(bar);
+  b->arrived++;
+  model_barrier_check(b);
+}
+static inline void mbarrier_arrive_expect_tx(uint32_t bar, int bytes) {
+  model_barrier *b = model_barrier_at(bar);
+  b->arrived++;
+  b->bytes += bytes;
+  model_barrier_check(b);
+}
 static inline void mbarrier_wait_parity(uint32_t bar, int parity) {
   while ((model_barrier_at(bar)->phase & 1) == parity) model_wait_a_little("mbarrier");
 }
@@ -78,7 +90,10 @@ static inline char *model_element(const model_map *m, const int c[4], int column
 static inline void cp_async_bulk_tensor_load(uint32_t dst, const fa_tma_map *map, uint32_t bar, int c0, int c1, int c2, int c3) {
   const model_map *m = (const model_map *)map;
   int c[4] = {c0, c1, c2, c3};
-  if (dst % 1024) { fprintf(stderr, "box at %u\n", dst); abort(); }
+  if (dst % 1024) {
+    fprintf(stderr, "box at %u\n", dst);
+    abort();
+  }
   for (uint32_t row = 0; row < m->box[1]; row++)
     for (uint32_t column = 0; column < m->box[0]; column++) {
       char *from = model_element(m, c, (int)column, (int)row);
@@ -97,7 +112,9 @@ static inline void st_global_v2(void *dst, uint32_t r0, uint32_t r1) {
 }
 static inline int __float_as_int(float x) { return (int)__float_as_uint(x); }
 static inline int laneid() { return model_lane(); }
-static inline void st_shared_if_negative(uint32_t, float x) { if (x < 0) abort(); }
+static inline void st_shared_if_negative(uint32_t, float x) {
+  if (x < 0) abort();
+}
 #define forget_origin(pointer) ((void)0)
 #define setmaxnreg_dec(registers) ((void)0)
 #define setmaxnreg_inc(registers) ((void)0)
@@ -114,7 +131,8 @@ static inline uint64_t wgmma_descriptor(uint32_t start, int offset) {
 static inline float model_half(uint16_t x) { return DTYPE == 4 ? fa_from_bf16(x) : fa_from_f16(x); }
 static inline float model_operand(uint64_t d, int transposed, int row, int k) {
   uint32_t start = (uint32_t)(d & 0x3FFF) << 4, lead = (uint32_t)(d >> 16 & 0x3FFF) << 4, stride = (uint32_t)(d >> 32 & 0x3FFF) << 4;
-  uint32_t at = transposed ? start + row / 64 * lead + k / 8 * stride + k % 8 * 128 + row % 64 * 2 : start + row / 8 * stride + row % 8 * 128 + k * 2;
+  uint32_t at =
+      transposed ? start + row / 64 * lead + k / 8 * stride + k % 8 * 128 + row % 64 * 2 : start + row / 8 * stride + row % 8 * 128 + k * 2;
   uint16_t x;
   memcpy(&x, shared + model_swizzle(at), 2);
   return model_half(x);
@@ -133,7 +151,10 @@ static inline void model_wgmma(float *d, int n, const uint32_t *a, uint64_t da, 
   int t = model_thread_index() % 128;
   model_group *g = &model_groups[model_thread_index() / 128];
   int round = g->round;
-  if (g->arrived && (g->db != db || (!a && g->da != da) || g->accumulate != !!accumulate)) { fprintf(stderr, "wgmma operands differ\n"); abort(); }
+  if (g->arrived && (g->db != db || (!a && g->da != da) || g->accumulate != !!accumulate)) {
+    fprintf(stderr, "wgmma operands differ\n");
+    abort();
+  }
   g->da = da, g->db = db, g->accumulate = !!accumulate, g->d[t] = d;
   if (a) memcpy(g->a[t], a, 16);
   if (++g->arrived < 128) {
