@@ -62,7 +62,7 @@ def draw_rates(folder: Path, name: str, title: str, rows: list[dict], rivals: li
     for panel in panels[-1]:
         panel.set_xlabel("sequence length (tokens)")
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 2 * len(across)))
     figure.suptitle(title, fontsize=11)
     path = folder / f"{name}.png"
     figure.savefig(path, dpi=100)

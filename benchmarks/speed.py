@@ -56,7 +56,7 @@ def candidates(rivals: dict, shape: tuple[int, ...], dtype: torch.dtype, device:
         try:
             out = run(q, k, v, causal)
             if backward:
-                dout = torch.randn(out.shape, device=device).to(dtype)
+                dout = torch.randn_like(out)  # with out's strides, as a model's next layer hands it back
                 calls[name] = lambda out=out, dout=dout: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
                 if device == "cuda":
                     calls[name]()  # some refuse only here

@@ -77,6 +77,7 @@ def accuracy(result: dict, title: str) -> str:
 # result file -> how it is shown, and its title
 SECTIONS = {
     "cpu": (rates, "Speed on a CPU"),
+    "cpu_amx": (rates, "Speed on a CPU with AMX"),
     "decode": (one_query, "One query on a CPU"),
     "fwd": (rates, "Forward on a GPU"),
     "bwd": (rates, "Backward on a GPU"),

@@ -147,7 +147,7 @@ def shape_cases() -> list[Case]:
         rows.append(Case(f"mask_{axes}", dtype=DTYPES[(n + 1) % 4], mask=axes, heads_q=4, causal=n % 2 == 1))
     for n, axes in enumerate(("bh", "b", "h", "")):
         rows.append(Case(f"block_{axes}", dtype=DTYPES[n], block=64 * (1 + n % 2), block_axes=axes, seqlen_q=259, seqlen_k=301))
-    rows += [Case(f"scale_{scale}", scale=scale) for scale in (0.0, 1.0, -1.0, 4.0)]
+    rows += [Case(f"scale_{scale}", scale=scale) for scale in (0.0, 1.0, -1.0, 4.0, 1e-188)]
     rows += [Case(f"window_{left}_{right}", window=(left, right), causal=c) for left, right, c in WINDOWS]
     rows.append(Case("packed_one", lengths=((70, 91),)))
     rows.append(Case("packed_empty", lengths=((0, 0), (0, 5), (5, 0))))

@@ -1,4 +1,5 @@
 /* options.c: the validator's second half: which pairs exist, how scores come about, dropout. */
+#include <float.h>
 #include <math.h>
 
 #include "check.h"
@@ -116,6 +117,8 @@ fa_code fa_init_score(fa_problem *p, const fa_request *r, fa_error *error) {
   const fa_score *s = &r->score;
   if (s->has_scale) TRY(check_finite("scale", s->scale, error));
   p->score.scale = s->has_scale ? s->scale : 1.0 / sqrt((double)p->dim_qk);
+  /* Engines hold it in the arithmetic's type, where it would become 0 behind their checks for 0. */
+  if (p->dtype != FA_F64 && fabs(p->score.scale) < FLT_MIN) p->score.scale = 0;
   TRY(check_finite("softcap", s->softcap, error));
   if (s->softcap < 0) return fa_fail(error, FA_ERR_VALUE, "softcap: %g must be 0 (none) or positive", s->softcap);
   p->score.softcap = s->softcap;
