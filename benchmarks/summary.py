@@ -22,8 +22,12 @@ def where(facts: dict) -> str:
     return f"{machine}, torch {facts['torch'].split('+')[0]}, {facts['date']}"
 
 
+def number(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
 def span(values: list[float]) -> str:
-    return f"{min(values):.3g}" if min(values) == max(values) else f"{min(values):.3g} to {max(values):.3g}"
+    return number(min(values)) if min(values) == max(values) else f"{number(min(values))} to {number(max(values))}"
 
 
 def rates(result: dict, title: str) -> str:

@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -68,7 +69,8 @@ def seconds_cuda(call: Callable[[], object], repeats: int) -> float:
 
 
 def interleaved_medians(candidates: Candidates, device: str, rounds: int = 5, at_least: float = 0.05) -> dict[str, float]:
-    """Seconds a call of each candidate: every round times each of them once, for `at_least` seconds, so that drift hits all alike.
+    """Seconds a call of each candidate: every round times each of them once, for `at_least` seconds, so that drift hits all alike. The
+    order changes from round to round, so that none always follows the one that heats the chip most.
 
     The first call does not count: it compiles, allocates, starts threads. Of a candidate that takes seconds, the second is enough.
     """
@@ -82,9 +84,11 @@ def interleaved_medians(candidates: Candidates, device: str, rounds: int = 5, at
             samples[name] = [second]
         else:
             samples[name], repeats[name] = [], max(1, round(at_least / max(second, 1e-7)))
+    order, shuffle = list(repeats), random.Random(0).shuffle
     for _ in range(rounds):
-        for name, times in repeats.items():
-            samples[name].append(clock(candidates[name], times))
+        shuffle(order)
+        for name in order:
+            samples[name].append(clock(candidates[name], repeats[name]))
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
