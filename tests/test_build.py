@@ -128,3 +128,13 @@ def test_c_header_is_also_cpp(tree, tmp_path):
     (tmp_path / "use.cpp").write_text('#include "csrc/flash_attn.h"\nint main() { fa_request r = {}; return r.q.dtype; }\n')
     flags = ("-std=c++11", "-Wall", "-Wextra", "-Werror", "-Wno-missing-field-initializers", "-fsyntax-only", f"-I{tree}")
     run("c++", *flags, tmp_path / "use.cpp", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("file", ["engine.c", "tier.c", "cpuid.c", "forward.c", "backward.c", "amx_forward.c", "amx_backward.c"])
+def test_a_compiler_without_amx_builds_the_rest(file: str) -> None:
+    if shutil.which("gcc") is None:
+        pytest.skip("no gcc to take for an older one")
+    older = ["-U__GNUC__", "-D__GNUC__=10", "-fsyntax-only"]
+    command = ["gcc", "-std=c11", "-Wall", "-Wextra", "-Werror", *older, f"-I{ROOT / 'csrc'}", str(ROOT / "csrc/cpu" / file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -21,6 +21,16 @@ fa_code fa_cpu_backward_amx(const fa_problem *problem, fa_error *error);
 /* For explain. */
 int fa_amx_backward_parts(const fa_problem *problem);
 size_t fa_amx_workspace(const fa_problem *problem, fa_direction direction);
+#else
+/* No problem suits passes that are not there, so nothing of the rest is reached. */
+static inline const char *fa_amx_unsuited(const fa_problem *problem, fa_direction direction) {
+  (void)problem, (void)direction;
+  return "the compiler of this build does not know it";
+}
+#define fa_cpu_forward_amx fa_cpu_forward
+#define fa_cpu_backward_amx fa_cpu_backward
+#define fa_amx_backward_parts(problem) 1
+#define fa_amx_workspace(problem, direction) ((size_t)0)
 #endif
 
 #endif

@@ -14,6 +14,7 @@
 
 #include "../core/error.h"
 #include "amx_backward.h"
+#include "padding.h"
 
 AMX_BEGIN
 
@@ -192,16 +193,6 @@ static void head_task(int64_t item, int worker, void *context) {
   }
 }
 
-/* Tokens behind the last sequence of a packed batch get gradient 0. */
-static void clear_slack(const fa_problem *p, const fa_tile_ops *ops, const fa_view *view, fa_ints cu, int64_t total, int heads, int dim) {
-  static const float zeros[FA_MAX_HEAD_DIM];
-  if (!view->data || !p->lengths.packed) return;
-  for (int h = 0; h < heads; h++)
-    for (int64_t row = cu.data[p->batch * cu.stride]; row < total; row++)
-      ops->store((char *)view->data + (h * view->h + row * view->s) * fa_dtype_bytes(p->dtype), p->dtype, 0, view->d, zeros, 0, 1, dim,
-                 NULL);
-}
-
 static fa_code run_heads(fa_job *job, const fa_amx_backward_shared *shared, fa_error *error) {
   const fa_problem *p = job->problem;
   fa_amx_backward_shared count = *shared;
@@ -252,9 +243,9 @@ fa_code fa_cpu_backward_amx(const fa_problem *p, fa_error *error) {
   job.extra = &shared;
   code = shared.copies == 1 && (int64_t)p->batch * p->heads_k > 1 ? run_heads(&job, &shared, error) : run_passes(&job, &shared, error);
   if (code == FA_OK) {
-    clear_slack(p, job.ops, &p->grad.dq, p->lengths.cu_q, p->total_q, p->heads_q, p->dim_qk);
-    clear_slack(p, job.ops, &p->grad.dk, p->lengths.cu_k, p->total_k, p->heads_k, p->dim_qk);
-    clear_slack(p, job.ops, &p->grad.dv, p->lengths.cu_k, p->total_k, p->heads_k, p->dim_v);
+    fa_clear_slack(p, job.ops, &p->grad.dq, p->lengths.cu_q, p->total_q, p->heads_q, p->dim_qk);
+    fa_clear_slack(p, job.ops, &p->grad.dk, p->lengths.cu_k, p->total_k, p->heads_k, p->dim_qk);
+    fa_clear_slack(p, job.ops, &p->grad.dv, p->lengths.cu_k, p->total_k, p->heads_k, p->dim_v);
   }
   free(start);
   return code;

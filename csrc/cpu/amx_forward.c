@@ -10,6 +10,7 @@
 
 #include "../core/error.h"
 #include "amx_forward.h"
+#include "padding.h"
 #include "threads.h"
 
 AMX_BEGIN
@@ -17,15 +18,6 @@ AMX_BEGIN
 enum { PACK_TILES = 4 /* of one packing task */, TASK_STRIPS = 8 /* at most */, HEADS_PER_THREAD = 4 /* that keep threads busy */ };
 
 static const float LOG2_E = 1.44269504f;
-
-void fa_amx_write_padding(const fa_head *head, int start, int end) {
-  const fa_problem *p = head->problem;
-  static const float zeros[FA_MAX_HEAD_DIM];
-  for (int i = start; i < end; i++) {
-    head->ops->store(fa_query_row(head, &p->out, i), p->dtype, 0, p->out.d, zeros, 0, 1, p->dim_v, NULL);
-    fa_set_statistic(head, &p->lse, i, -INFINITY);
-  }
-}
 
 /* Blocks [first, end) of 32 keys, the last perhaps empty. */
 static void pack_keys(const fa_amx_forward_shared *shared, const fa_head *head, fa_amx_keys to, int first, int end, fa_amx_rows *rows) {
@@ -139,17 +131,6 @@ static int longest_slot_of(const fa_problem *p) {
   return longest;
 }
 
-/* Tokens behind the last sequence of a packed batch belong to nobody, and are written all the same. */
-static void write_slack(const fa_problem *p, const fa_tile_ops *ops) {
-  if (!p->lengths.packed) return;
-  int64_t end = p->lengths.cu_q.data[p->batch * p->lengths.cu_q.stride];
-  for (int h = 0; h < p->heads_q && end < p->total_q; h++) {
-    fa_head head = {.problem = p, .ops = ops, .h = h};
-    head.seq.q_start = end;
-    fa_amx_write_padding(&head, 0, (int)(p->total_q - end));
-  }
-}
-
 fa_code fa_cpu_forward_amx(const fa_problem *p, fa_error *error) {
   fa_job job;
   fa_code code = fa_job_init(&job, p, error);
@@ -164,7 +145,7 @@ fa_code fa_cpu_forward_amx(const fa_problem *p, fa_error *error) {
     code = run_heads(&job, &shared, error);
   else
     code = run_passes(&job, &shared, longest_slot, error);
-  if (code == FA_OK) write_slack(p, job.ops);
+  if (code == FA_OK) fa_write_slack(p, job.ops);
   free(start);
   return code;
 }

@@ -30,7 +30,4 @@ static inline fa_amx_keys fa_amx_keys_from(const fa_amx_forward_shared *shared, 
 size_t fa_amx_queries_scratch(const fa_problem *problem, const fa_amx_forward_shared *shared);
 void fa_amx_queries(const fa_amx_forward_shared *shared, const fa_head *head, fa_amx_keys keys, int m0, fa_arena arena);
 
-/* Rows [start, end) of a head's slot that are there but not used: out 0, lse -inf. */
-void fa_amx_write_padding(const fa_head *head, int start, int end);
-
 #endif

@@ -16,6 +16,7 @@
 #include "../core/numeric.h"
 #include "amx_forward.h"
 #include "amx_softmax.h"
+#include "padding.h"
 
 AMX_BEGIN
 
@@ -336,7 +337,7 @@ void fa_amx_queries(const fa_amx_forward_shared *shared, const fa_head *head, fa
   carve(p, shared, &t, &arena);
   int end = fa_min(m0 + shared->strips * STRIP, head->seq.slot_q);
   if (m0 < head->seq.len_q) forward_rows(&t, m0, fa_min(end, head->seq.len_q));
-  fa_amx_write_padding(head, fa_max(m0, head->seq.len_q), end);
+  fa_write_padding(head, fa_max(m0, head->seq.len_q), end);
 }
 
 AMX_END

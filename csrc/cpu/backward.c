@@ -15,6 +15,7 @@
 
 #include "../core/error.h"
 #include "engine.h"
+#include "padding.h"
 
 enum { MOST_ROW_BYTES = 96 << 10 };
 
@@ -118,16 +119,6 @@ static void per_head_gradients(const fa_job *job) {
   }
 }
 
-/* Tokens behind the last sequence of a packed batch get gradient 0. */
-static void clear_slack(const fa_problem *p, const fa_tile_ops *ops, const fa_view *view, fa_ints cu, int64_t total, int heads, int dim) {
-  static const double zeros[FA_MAX_HEAD_DIM];
-  if (!view->data || !p->lengths.packed) return;
-  for (int h = 0; h < heads; h++)
-    for (int64_t row = cu.data[p->batch * cu.stride]; row < total; row++)
-      ops->store((char *)view->data + (h * view->h + row * view->s) * fa_dtype_bytes(p->dtype), p->dtype, 0, view->d, zeros, 0, 1, dim,
-                 NULL);
-}
-
 size_t fa_cpu_backward_workspace(const fa_problem *p, const fa_tile_ops *ops) {
   fa_problem asked = *p;
   fa_backward_shared shared;
@@ -163,9 +154,9 @@ fa_code fa_cpu_backward(const fa_problem *p, fa_error *error) {
   code = run_passes(&job, error);
   if (code == FA_OK) {
     per_head_gradients(&job);
-    clear_slack(p, job.ops, &p->grad.dq, p->lengths.cu_q, p->total_q, p->heads_q, p->dim_qk);
-    clear_slack(p, job.ops, &p->grad.dk, p->lengths.cu_k, p->total_k, p->heads_k, p->dim_qk);
-    clear_slack(p, job.ops, &p->grad.dv, p->lengths.cu_k, p->total_k, p->heads_k, p->dim_v);
+    fa_clear_slack(p, job.ops, &p->grad.dq, p->lengths.cu_q, p->total_q, p->heads_q, p->dim_qk);
+    fa_clear_slack(p, job.ops, &p->grad.dk, p->lengths.cu_k, p->total_k, p->heads_k, p->dim_qk);
+    fa_clear_slack(p, job.ops, &p->grad.dv, p->lengths.cu_k, p->total_k, p->heads_k, p->dim_v);
   }
   free(workspace);
   return code;

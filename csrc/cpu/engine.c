@@ -10,7 +10,7 @@
 #include "forward_plan.h"
 #include "threads.h"
 
-/* The passes on AMX tiles, or NULL; `why` is then the reason, or NULL where the question does not arise. */
+/* Whether the passes on AMX tiles run this. If not, `why` is the reason, or NULL where the question does not arise. */
 static int takes_amx(const fa_problem *p, fa_direction direction, const char **why) {
   *why = NULL;
   if (p->dtype == FA_F32 || p->dtype == FA_F64 || !fa_cpu_uses_amx()) return 0;

@@ -14,6 +14,7 @@
 #include "../core/error.h"
 #include "engine.h"
 #include "forward_tile.h"
+#include "padding.h"
 
 /* What one range of keys leaves of a tile. */
 typedef struct {
@@ -45,16 +46,6 @@ static partial_tile partial_at(const fa_job *job, int64_t tile, int split) {
   return carve_partial(job->problem, job->ops, &shared->plan, &arena);
 }
 
-/* Rows that are there but not used: out 0, lse -inf. */
-static void write_padding(const fa_head *head, int start, int end) {
-  const fa_problem *p = head->problem;
-  static const double zeros[FA_MAX_HEAD_DIM];
-  for (int i = start; i < end; i++) {
-    head->ops->store(fa_query_row(head, &p->out, i), p->dtype, 0, p->out.d, zeros, 0, 1, p->dim_v, NULL);
-    fa_set_statistic(head, &p->lse, i, -INFINITY);
-  }
-}
-
 static fa_forward_tile carve(const fa_job *job, int worker) {
   const forward_shared *shared = job->extra;
   fa_arena arena = fa_job_scratch(job, worker);
@@ -78,7 +69,7 @@ static int place_tile(const fa_job *job, int64_t tile, fa_forward_tile *t) {
 static void pad_tile(const fa_job *job, const fa_forward_tile *t) {
   const forward_shared *shared = job->extra;
   int used = t->heads->seq.len_q, end = fa_min(t->m0 + shared->plan.block_m, t->heads->seq.slot_q);
-  for (int g = 0; g < t->count; g++) write_padding(t->heads + g, fa_max(t->m0, used), end);
+  for (int g = 0; g < t->count; g++) fa_write_padding(t->heads + g, fa_max(t->m0, used), end);
 }
 
 static void forward_task(int64_t item, int worker, void *context) {
@@ -161,17 +152,6 @@ static void combine_task(int64_t item, int worker, void *context) {
   pad_tile(job, &t);
 }
 
-/* Tokens behind the last sequence of a packed batch belong to nobody, and are written all the same. */
-static void write_slack(const fa_problem *p, const fa_tile_ops *ops) {
-  if (!p->lengths.packed) return;
-  int64_t end = p->lengths.cu_q.data[p->batch * p->lengths.cu_q.stride];
-  for (int h = 0; h < p->heads_q && end < p->total_q; h++) {
-    fa_head head = {.problem = p, .ops = ops, .h = h};
-    head.seq.q_start = end;
-    write_padding(&head, 0, (int)(p->total_q - end));
-  }
-}
-
 static forward_shared share(const fa_problem *p, const fa_tile_ops *ops) {
   forward_shared shared = {.plan = fa_forward_plan_of(p)};
   fa_arena one = {NULL, 0};
@@ -211,6 +191,6 @@ fa_code fa_cpu_forward(const fa_problem *p, fa_error *error) {
   code = shared.plan.splits > 1 ? run_split(&job, &shared, error)
                                 : fa_job_run(&job, count.used, shared.units * shared.tiles_m, forward_task, error);
   if (code != FA_OK) return code;
-  write_slack(p, job.ops);
+  fa_write_slack(p, job.ops);
   return p->probs.data ? fa_cpu_probs(p, error) : FA_OK;
 }
