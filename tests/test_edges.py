@@ -292,3 +292,14 @@ def test_results_do_not_depend_on_the_thread_count() -> None:
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_caps_of_any_size(device: str, dtype: torch.dtype) -> None:
+    """A cap far above every score changes nothing, one far below makes every score 0."""
+    q, k, v = (torch.randn(1, 9, 2, 16, device=device).to(dtype) for _ in range(3))
+    plain, even = attention(q, k, v, causal=True), attention(q, k, v, causal=True, scale=0.0)
+    rounding = 2e-2 if dtype.itemsize == 2 else 2e-5
+    for cap in (1e4, 1e6, 1e12, 1e37, 1e300):
+        torch.testing.assert_close(attention(q, k, v, causal=True, softcap=cap), plain, rtol=rounding, atol=rounding)
+    torch.testing.assert_close(attention(q, k, v, causal=True, softcap=1e-188), even, rtol=rounding, atol=rounding)

@@ -122,6 +122,8 @@ fa_code fa_init_score(fa_problem *p, const fa_request *r, fa_error *error) {
   TRY(check_finite("softcap", s->softcap, error));
   if (s->softcap < 0) return fa_fail(error, FA_ERR_VALUE, "softcap: %g must be 0 (none) or positive", s->softcap);
   p->score.softcap = s->softcap;
+  if (p->dtype != FA_F64 && s->softcap > FLT_MAX) p->score.softcap = 0;                                       /* changes no score */
+  if (p->dtype != FA_F64 && s->softcap > 0 && s->softcap < FLT_MIN) p->score.scale = 0, p->score.softcap = 0; /* makes each one 0 */
   if (fa_given(&s->bias)) {
     int64_t full[4] = {p->batch, p->heads_q, p->seqlen_q, p->seqlen_k};
     TRY(fa_check_device("bias", &s->bias, &r->q, error));

@@ -9,13 +9,18 @@ static int FN(all_finite)(const void *tile, int64_t count) {
   return 1;
 }
 
-/* tanh(x) = sign(x) (1 - e) / (1 + e) with e = exp(-2|x|): absolute error of one rounding, which is what a score needs. */
+/* tanh(x) = sign(x) (1 - e) / (1 + e) with e = exp(-2|x|); near 0 by its series, since 1 - e cancels there and a large cap multiplies what is
+ * left. */
 ALWAYS_INLINE VEC FN(tanh)(VEC x) {
   IVEC sign = (IVEC)x & (IVEC)FN(splat)((REAL)-0.0);
   VEC magnitude = (VEC)((IVEC)x ^ sign);
   VEC e = FN(exp2)(magnitude * FN(splat)((REAL)-2.8853900817779268));
-  VEC one = FN(splat)(1);
-  return (VEC)((IVEC)((one - e) / (one + e)) | sign);
+  VEC one = FN(splat)(1), square = x * x;
+  VEC series = FN(splat)((REAL)(62.0 / 2835)) + square * FN(splat)((REAL)(-1382.0 / 155925));
+  series = FN(splat)((REAL)(2.0 / 15)) + square * (FN(splat)((REAL)(-17.0 / 315)) + square * series);
+  series = x * (one + square * (FN(splat)((REAL)(-1.0 / 3)) + square * series));
+  IVEC small = (IVEC)(magnitude < FN(splat)((REAL)0.05)), large = (IVEC)((one - e) / (one + e)) | sign;
+  return (VEC)((small & (IVEC)series) | (~small & large));
 }
 
 static void FN(softcap)(REAL *s, int count, REAL scale, REAL cap, REAL *factor) {
