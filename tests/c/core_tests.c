@@ -7,6 +7,7 @@ int main(void) {
   test_mask();
   test_philox();
   test_numeric();
+  test_pack();
   test_problem();
   test_threads();
   printf("%d passed, %d failed\n", passed_count, failed_count);

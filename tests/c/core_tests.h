@@ -21,6 +21,7 @@ extern int passed_count, failed_count;
 void test_mask(void);
 void test_philox(void);
 void test_numeric(void);
+void test_pack(void);
 void test_problem(void);
 void test_threads(void);
 

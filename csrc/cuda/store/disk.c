@@ -16,18 +16,20 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "pack.h"
 #include "paths.h"
 
-enum { LARGEST_BYTES = 64 << 20, FORMAT = 1 };
+enum { LARGEST_BYTES = 64 << 20, FORMAT = 2 };
 
 typedef struct {
   char magic[8];
   uint32_t format;
   uint32_t nvrtc_version;
-  uint64_t payload_bytes;
+  uint64_t cubin_bytes;   /* once unpacked */
+  uint64_t payload_bytes; /* what follows the header */
   fa_digest key, payload;
 } file_header;
-_Static_assert(sizeof(file_header) == 88, "the header is written as it lies in memory");
+_Static_assert(sizeof(file_header) == 96, "the header is written as it lies in memory");
 
 static const char magic[8] = {'F', 'A', 'C', 'U', 'B', 'I', 'N', '\n'};
 
@@ -126,8 +128,8 @@ static int write_all(int fd, const void *data, size_t bytes) {
 
 static int header_fits(const file_header *header, const fa_digest *key, off_t file_bytes) {
   return !memcmp(header->magic, magic, sizeof magic) && header->format == FORMAT && same_digest(&header->key, key) &&
-         header->payload_bytes > 0 && header->payload_bytes <= LARGEST_BYTES &&
-         (off_t)(sizeof *header + header->payload_bytes) == file_bytes;
+         header->cubin_bytes > 0 && header->cubin_bytes <= LARGEST_BYTES && header->payload_bytes > 0 &&
+         header->payload_bytes <= fa_pack_bound(LARGEST_BYTES) && (off_t)(sizeof *header + header->payload_bytes) == file_bytes;
 }
 
 fa_disk_status fa_disk_read(int directory, const char *file, const fa_digest *key, int check_owner, fa_disk_kernel *kernel) {
@@ -136,30 +138,40 @@ fa_disk_status fa_disk_read(int directory, const char *file, const fa_digest *ke
   if (fd < 0) return errno == ENOENT ? FA_DISK_ABSENT : FA_DISK_DAMAGED;
   struct stat st;
   file_header header;
-  void *data = NULL;
+  void *data = NULL, *cubin = NULL;
   int good = !fstat(fd, &st) && S_ISREG(st.st_mode) && (!check_owner || st.st_uid == geteuid()) && read_all(fd, &header, sizeof header) &&
              header_fits(&header, key, st.st_size) && (data = malloc(header.payload_bytes)) && read_all(fd, data, header.payload_bytes);
   if (good) {
     const fa_digest digest = digest_of(data, header.payload_bytes);
-    good = same_digest(&digest, &header.payload);
+    good = same_digest(&digest, &header.payload) && (cubin = malloc(header.cubin_bytes)) &&
+           fa_unpack(data, header.payload_bytes, cubin, header.cubin_bytes);
   }
+  free(data);
   if (good && check_owner) futimens(fd, NULL); /* the time of last use, for fa_disk_trim */
   close(fd);
   if (!good) {
-    free(data);
+    free(cubin);
     return FA_DISK_DAMAGED;
   }
-  *kernel = (fa_disk_kernel){header.key, (int)header.nvrtc_version, data, header.payload_bytes};
+  *kernel = (fa_disk_kernel){header.key, (int)header.nvrtc_version, cubin, header.cubin_bytes};
   return FA_DISK_FOUND;
 }
 
 static int write_file(int fd, const fa_disk_kernel *kernel) {
   file_header header = {
-      .format = FORMAT, .nvrtc_version = (uint32_t)kernel->nvrtc_version, .payload_bytes = kernel->bytes, .key = kernel->key};
+      .format = FORMAT, .nvrtc_version = (uint32_t)kernel->nvrtc_version, .cubin_bytes = kernel->bytes, .key = kernel->key};
+  void *packed = malloc(fa_pack_bound(kernel->bytes));
+  header.payload_bytes = packed ? fa_pack(kernel->cubin, kernel->bytes, packed) : 0;
+  if (!header.payload_bytes) {
+    free(packed);
+    return ENOMEM;
+  }
   memcpy(header.magic, magic, sizeof magic);
-  header.payload = digest_of(kernel->cubin, kernel->bytes);
+  header.payload = digest_of(packed, header.payload_bytes);
   errno = EIO;
-  return write_all(fd, &header, sizeof header) && write_all(fd, kernel->cubin, kernel->bytes) && !fsync(fd) ? 0 : errno;
+  int failure = write_all(fd, &header, sizeof header) && write_all(fd, packed, header.payload_bytes) && !fsync(fd) ? 0 : errno;
+  free(packed);
+  return failure;
 }
 
 int fa_disk_write(int directory, const char *file, const fa_disk_kernel *kernel) {

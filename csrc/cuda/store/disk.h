@@ -1,4 +1,4 @@
-/* disk.h: kernels as files. A file is a header with the key's digest and the payload's, then the cubin. */
+/* disk.h: kernels as files. A file is a header with the key's digest and the payload's, then the packed cubin. */
 #ifndef FA_STORE_DISK_H
 #define FA_STORE_DISK_H
 
