@@ -68,13 +68,22 @@ def seconds_cuda(call: Callable[[], object], repeats: int) -> float:
     return begin.elapsed_time(end) / 1000 / repeats
 
 
-def interleaved_medians(candidates: Candidates, device: str, rounds: int = 5, at_least: float = 0.05) -> dict[str, float]:
+def seconds_to_launch(call: Callable[[], object], repeats: int) -> float:
+    """The CPU's clock on calls that a GPU works off later. It starts idle: behind a full queue of launches the CPU waits."""
+    torch.cuda.synchronize()
+    return seconds_cpu(call, repeats)
+
+
+CLOCKS = {"cpu": seconds_cpu, "cuda": seconds_cuda, "launch": seconds_to_launch}
+
+
+def interleaved_medians(candidates: Candidates, clock_name: str, rounds: int = 5, at_least: float = 0.05) -> dict[str, float]:
     """Seconds a call of each candidate: every round times each of them once, for `at_least` seconds, so that drift hits all alike. The
     order changes from round to round, so that none always follows the one that heats the chip most.
 
     The first call does not count: it compiles, allocates, starts threads. Of a candidate that takes seconds, the second is enough.
     """
-    clock = seconds_cuda if device == "cuda" else seconds_cpu
+    clock = CLOCKS[clock_name]
     samples: dict[str, list[float]] = {}
     repeats = {}
     for name, call in candidates.items():
