@@ -177,13 +177,6 @@ def test_side_stream_waits_for_nobody_and_computes_the_same() -> None:
     assert torch.equal(out, expected)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-def test_a_device_that_is_not_current() -> None:
-    q = normal(2, 500, 4, 64)
-    there = q.to("cuda:1")
-    assert torch.equal(attention(there, there, there).cpu(), attention(q, q, q).cpu())
-
-
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_variants_for_small_shared_memories(monkeypatch, dtype: torch.dtype, dim: int) -> None:
