@@ -27,6 +27,9 @@ FORWARD = [
     (A100, Case("packed", dtype="bfloat16", **PACKED)),
     (A100, Case("dropout", dtype="float16", dropout=0.3, **SHAPE)),
     (A100, Case("one_row", dtype="bfloat16", batch=1, heads_q=1, heads_k=1, seqlen_q=1, seqlen_k=900, sinks=True)),  # splits and combines
+    # Two and eight warps to combine a row.
+    (A100, Case("rows_2500", dtype="bfloat16", batch=1, heads_q=1, heads_k=1, seqlen_q=5, seqlen_k=2500, sinks=True, seqused="k")),
+    (A100, Case("row_12000", dtype="bfloat16", batch=1, heads_q=1, heads_k=1, seqlen_q=2, seqlen_k=12000, causal=True)),
     (A100, Case("dim256", dtype="float32", dim_qk=200, dim_v=256, **SHAPE)),
     (A100, Case("dim256", dtype="bfloat16", dim_qk=256, causal=True, **SHAPE)),
     (RTX_5090, Case("causal", dtype="bfloat16", causal=True, **SHAPE)),

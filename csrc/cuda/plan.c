@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "../core/error.h"
+#include "kernels/args.h"
 #include "plan_sm90.h"
 
 typedef struct {
@@ -21,7 +22,6 @@ static const forward_tile forward_tiles[] = {
 enum {
   DIM_PAD = 32,        /* swizzled rows are multiples of four 16-byte chunks */
   PLAIN_ROWS = 4,      /* query rows of a CTA of fwd_f64 and probs: a warp each */
-  COMBINE_ROWS = 4,    /* likewise of combine */
   MIN_SPLIT_TILES = 4, /* key tiles that a split should have at least */
   MAX_SPLITS = 256,
 };
@@ -84,9 +84,9 @@ static void note(fa_forward_plan *plan, const char *text) {
   if (plan->note_count < FA_MAX_NOTES) plan->notes[plan->note_count++] = text;
 }
 
-/* A kernel with one warp a row: fwd_f64, probs, combine. */
-static fa_planned_kernel warp_a_row(const char *name, fa_dtype dtype, int rows, int64_t grid) {
-  fa_planned_kernel k = {.kernel = name, .grid = grid, .threads = 32 * rows};
+/* A kernel of so many warps that each work on their own: fwd_f64, probs, combine. */
+static fa_planned_kernel of_warps(const char *name, fa_dtype dtype, int warps, int64_t grid) {
+  fa_planned_kernel k = {.kernel = name, .grid = grid, .threads = 32 * warps};
   fa_add_constant(&k, "DTYPE", (int)dtype);
   return k;
 }
@@ -97,7 +97,7 @@ static fa_code plan_f64(const fa_problem *p, fa_forward_plan *plan, fa_error *er
   plan->block_m = PLAIN_ROWS;
   plan->block_n = 32;
   plan->tiles = (int)fa_max(1, (int)tiles);
-  plan->main = warp_a_row("fwd_f64", p->dtype, PLAIN_ROWS, tiles * heads);
+  plan->main = of_warps("fwd_f64", p->dtype, PLAIN_ROWS, tiles * heads);
   note(plan, "float64 runs on CUDA cores, for gradient checks");
   return check_grid(tiles * heads, error);
 }
@@ -142,11 +142,13 @@ static fa_code plan_sm80(const fa_problem *p, const fa_device_limits *limits, fa
 
 static fa_code plan_combine(const fa_problem *p, fa_forward_plan *plan, fa_error *error) {
   if (plan->splits == 1) return FA_OK;
-  int64_t tiles = fa_sequence_tiles(p, p->total_q, p->seqlen_q, COMBINE_ROWS),
+  int rows_of_cta = FA_COMBINE_WARPS / fa_combine_team(plan->splits);
+  int64_t tiles = fa_sequence_tiles(p, p->total_q, p->seqlen_q, rows_of_cta),
           heads = (int64_t)p->heads_q * (p->lengths.packed ? 1 : p->batch);
   size_t rows = (size_t)p->heads_q * (size_t)p->total_q, splits = (size_t)plan->splits;
   plan->combine_tiles = (int)tiles;
-  plan->combine = warp_a_row("combine", p->dtype, COMBINE_ROWS, tiles * heads);
+  plan->combine = of_warps("combine", p->dtype, FA_COMBINE_WARPS, tiles * heads);
+  plan->combine.smem_bytes = FA_COMBINE_WARPS * FA_COMBINE_DIM * (int)sizeof(float);
   plan->partial_lse_offset = fa_align_workspace(rows * splits * (size_t)p->dim_v * sizeof(float));
   plan->workspace_bytes = plan->partial_lse_offset + rows * splits * sizeof(float);
   note(plan, "the keys are split over CTAs, since the query rows are too few to fill the GPU");
@@ -165,7 +167,7 @@ fa_code fa_plan_forward(const fa_problem *p, const fa_device_limits *limits, fa_
   if (code == FA_OK) code = plan_combine(p, plan, error);
   if (code == FA_OK && p->probs.data) {
     int64_t tiles = (p->seqlen_q + 127ll) / 128 * (128 / PLAIN_ROWS);
-    plan->probs = warp_a_row("probs", p->dtype, PLAIN_ROWS, tiles * p->heads_q * p->batch);
+    plan->probs = of_warps("probs", p->dtype, PLAIN_ROWS, tiles * p->heads_q * p->batch);
     code = check_grid(plan->probs.grid, error);
   }
   return code;

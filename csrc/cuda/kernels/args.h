@@ -79,4 +79,8 @@ typedef struct {
   void *partial_lse; /* f32 (splits, statistics rows) */
 } fa_forward_args;
 
+/* Warps of a CTA of combine, the columns of out that each has room for in shared memory, and how many of them share a row. */
+enum { FA_COMBINE_WARPS = 8, FA_COMBINE_DIM = 256 };
+FA_INLINE int fa_combine_team(int splits) { return splits >= 32 ? 8 : splits >= 8 ? 2 : 1; }
+
 #endif
