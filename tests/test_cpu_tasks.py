@@ -29,6 +29,8 @@ SPLIT = [
     *(replace(case, dtype=dtype) for case in (FEW, SOME, HEAD) for dtype in ("float32", "bfloat16", "float16", "float64")),
     *(with_feature(case, feature) for case in (FEW, SOME) for feature in FEATURES),
     *(replace(FEW, name="few-strided", strided=how) for how in ("rows", "last")),
+    *(replace(FEW, name="five", heads_q=10, dtype=dtype) for dtype in ("float32", "bfloat16", "float16", "float64")),
+    *(replace(FEW, name="eight", heads_q=16, dim_qk=80, dim_v=48, dtype=dtype) for dtype in ("float32", "bfloat16", "float16")),
 ]
 
 

@@ -13,6 +13,7 @@
 
 #include "../core/error.h"
 #include "engine.h"
+#include "forward_few.h"
 #include "forward_tile.h"
 #include "padding.h"
 
@@ -72,50 +73,51 @@ static void pad_tile(const fa_job *job, const fa_forward_tile *t) {
   for (int g = 0; g < t->count; g++) fa_write_padding(t->heads + g, fa_max(t->m0, used), end);
 }
 
+/* Takes `count` tiles of one batch entry, at the same rows of other heads, through their keys. */
+static void attend_range(const fa_forward_tile *tiles, int count, fa_range keys) {
+  int few = tiles->rows * tiles->count <= FA_FEW_ROWS;
+  for (int n0 = keys.lo; n0 < keys.hi; n0 += FA_BLOCK_N) {
+    if (!few) fa_ask_for_next_keys(tiles, n0 + FA_BLOCK_N, keys.hi);
+    if (!few)
+      fa_attend_keys(tiles, n0);
+    else if (fa_tile_in_block_mask(tiles->heads, tiles->m0, n0))
+      fa_attend_few(tiles, count, n0);
+  }
+}
+
 static void forward_task(int64_t item, int worker, void *context) {
   fa_forward_tile t = carve(context, worker);
   if (place_tile(context, item, &t)) {
-    fa_range keys = fa_key_tiles(t.heads, t.m0, t.rows);
     fa_begin_forward(&t);
-    for (int n0 = keys.lo; n0 < keys.hi; n0 += FA_BLOCK_N) {
-      fa_ask_for_next_keys(&t, n0 + FA_BLOCK_N, keys.hi);
-      fa_attend_keys(&t, n0);
-    }
+    attend_range(&t, 1, fa_key_tiles(t.heads, t.m0, t.rows));
     fa_finish_forward(&t);
   }
   pad_tile(context, &t);
 }
 
-/* One range of keys for `together` units that follow each other, tile of keys by tile of keys: heads that lie side by side in memory are
- * read side by side. */
+/* One range of keys for `together` units that follow each other. */
 static void split_task(int64_t item, int worker, void *context) {
   const fa_job *job = context;
   const forward_shared *shared = job->extra;
   const fa_forward_plan *plan = &shared->plan;
   fa_arena arena = fa_job_scratch(job, worker);
   fa_forward_tile tiles[FA_MAX_TOGETHER];
-  fa_range keys[FA_MAX_TOGETHER];
   int64_t runs = shared->units / plan->together, run = item % runs, place = item / runs / plan->splits;
-  int split = (int)(item / runs % plan->splits), from = split * plan->split_columns, to = from + plan->split_columns;
+  int split = (int)(item / runs % plan->splits), from = split * plan->split_columns, count = 0;
   for (int i = 0; i < plan->together; i++) {
     int64_t tile = place * shared->units + run * plan->together + i;
     tiles[i] = fa_carve_forward_tile(job->problem, job->ops, plan, &arena, i ? tiles : NULL);
-    keys[i] = (fa_range){0, 0};
-    if (!place_tile(job, tile, tiles + i)) continue;
+    if (!place_tile(job, tile, tiles + i)) continue; /* then none of them has rows */
     partial_tile part = partial_at(job, tile, split);
     tiles[i].o = part.o;
     tiles[i].shift = part.shift;
     tiles[i].sum = part.sum;
-    keys[i] = fa_key_tiles(tiles[i].heads, tiles[i].m0, tiles[i].rows);
-    keys[i] = (fa_range){fa_max(keys[i].lo, from), fa_min(keys[i].hi, to)};
     fa_begin_forward(tiles + i);
+    count++;
   }
-  for (int n0 = from; n0 < to; n0 += FA_BLOCK_N)
-    for (int i = 0; i < plan->together; i++) {
-      int next = (i + 1) % plan->together, its = next ? n0 : n0 + FA_BLOCK_N;
-      if (its >= keys[next].lo) fa_ask_for_next_keys(tiles + next, its, keys[next].hi);
-      if (n0 >= keys[i].lo && n0 < keys[i].hi) fa_attend_keys(tiles + i, n0);
-    }
+  if (count == 0) return;
+  fa_range keys = fa_key_tiles(tiles->heads, tiles->m0, tiles->rows);
+  attend_range(tiles, count, (fa_range){fa_max(keys.lo, from), fa_min(keys.hi, from + plan->split_columns)});
 }
 
 /* all += part, both relative to the larger of their shifts. A range without a visible key has shift -inf and sum 0. */

@@ -1,5 +1,5 @@
 /* forward_plan.c: see forward_plan.h. */
-#include "forward_plan.h"
+#include "forward_few.h"
 
 enum { ENOUGH_TASKS = 32, WANTED_TASKS = 64, LEAST_KEYS = 512, LEAST_KEYS_OF_FEW = 256, MOST_ROW_BYTES = 300 << 10 };
 
@@ -26,7 +26,7 @@ fa_forward_plan fa_forward_plan_of(const fa_problem *p) {
   int wanted = few ? most : fa_min((int)((WANTED_TASKS + tasks - 1) / tasks), most);
   plan.split_columns = fa_ceil_div(fa_ceil_div(p->seqlen_k, wanted), FA_BLOCK_N) * FA_BLOCK_N;
   plan.splits = fa_ceil_div(p->seqlen_k, plan.split_columns);
-  for (int i = 2; i <= FA_MAX_TOGETHER && few; i++)
+  for (int i = 2; i <= FA_MAX_TOGETHER && few && fa_reads_in_place(p) && !p->visibility.block_size; i++)
     if (p->heads_k * plan.stacks % i == 0) plan.together = i;
   return plan;
 }

@@ -6,14 +6,6 @@
 
 #define LN_2 0.69314718055994530942
 
-/* A tile of keys as the rows at hand read it. */
-typedef struct {
-  int n0, columns; /* first key, and how many are there */
-  const void *k;   /* transposed: [dim_qk][64] */
-  const void *v;   /* rows v_row elements apart */
-  ptrdiff_t v_row;
-} key_rows;
-
 fa_forward_tile fa_carve_forward_tile(const fa_problem *p, const fa_tile_ops *ops, const fa_forward_plan *plan, fa_arena *arena,
                                       const fa_forward_tile *with) {
   size_t real = (size_t)ops->real_bytes, rows = (size_t)plan->block_m * (size_t)plan->stack;
@@ -29,7 +21,7 @@ fa_forward_tile fa_carve_forward_tile(const fa_problem *p, const fa_tile_ops *op
   t.out_scale = fa_take(arena, rows * sizeof(double));
   t.kt = with ? with->kt : fa_take(arena, key_elements * real);
   t.v = with ? with->v : fa_take(arena, FA_BLOCK_N * ld_v * real);
-  t.s = with ? with->s : fa_take(arena, FA_PATCH_ROWS * FA_BLOCK_LD * real);
+  t.s = fa_take(arena, (rows < FA_PATCH_ROWS ? rows : FA_PATCH_ROWS) * FA_BLOCK_LD * real);
   t.dropout = with ? with->dropout : fa_take(arena, FA_BLOCK_N * real);
   return t;
 }
@@ -54,81 +46,52 @@ static void drop(const fa_forward_tile *t, int row, int n0, void *s, int columns
   head->ops->multiply_row(s, s, t->dropout, columns);
 }
 
-static int rows_finite(const fa_tile_ops *ops, const void *rows, ptrdiff_t ld, int count, int columns) {
-  int finite = 1;
-  for (int r = 0; r < count && finite; r++) finite = ops->all_finite(fa_at(ops, rows, r * ld), columns);
-  return finite;
+int fa_weigh_products(const fa_forward_tile *t, int n0, const fa_patch *patch) {
+  const fa_tile_ops *ops = t->heads->ops;
+  int columns = fa_min(FA_BLOCK_N, t->heads->seq.len_k - n0), ld_v = fa_tile_ld(t->heads->problem->dim_v), partial = 0;
+  int rows = patch->rows * t->count, count = patch->hi - patch->lo;
+  int64_t row = patch->row;
+  for (int g = 0; g < t->count; g++)
+    partial |= fa_score_patch(t->heads + g, t->m0, n0, columns, patch, fa_at(ops, t->s, (int64_t)g * t->rows * FA_BLOCK_LD), NULL);
+  ops->softmax_tile(rows, count, t->s, t->heads->to_log2, t->shift + row, t->sum + row, fa_at(ops, t->o, row * ld_v), ld_v);
+  for (int r = 0; r < rows && t->heads->problem->dropout.p > 0; r++)
+    drop(t, (int)row + r, n0 + patch->lo, fa_at(ops, t->s, (int64_t)r * FA_BLOCK_LD), count);
+  return partial;
 }
 
-/* A patch of raw products -> scores, exponentials, and its share of O. A tile of several heads is always one patch. */
-static void attend_patch(const fa_forward_tile *t, const key_rows *keys, const fa_patch *patch) {
+void fa_add_values(const fa_forward_tile *t, const fa_patch *patch, int columns, int partial) {
   const fa_problem *p = t->heads->problem;
   const fa_tile_ops *ops = t->heads->ops;
-  int ld_v = fa_tile_ld(p->dim_v), dim_v = fa_pad(p->dim_v), count = patch->hi - patch->lo, partial = 0;
-  int rows = patch->rows * t->count, seen = fa_min(patch->hi, keys->columns) - patch->lo;
-  int64_t row = patch->row;
-  void *s = t->s, *o = fa_at(ops, t->o, row * ld_v), *v = fa_at(ops, keys->v, patch->lo * keys->v_row);
-  for (int g = 0; g < t->count; g++)
-    partial |= fa_score_patch(t->heads + g, t->m0, keys->n0, keys->columns, patch, fa_at(ops, s, (int64_t)g * t->rows * FA_BLOCK_LD), NULL);
-  ops->softmax_tile(rows, count, s, t->heads->to_log2, t->shift + row, t->sum + row, o, ld_v);
-  for (int r = 0; r < rows && p->dropout.p > 0; r++)
-    drop(t, (int)row + r, keys->n0 + patch->lo, fa_at(ops, s, (int64_t)r * FA_BLOCK_LD), count);
-  if (partial && !rows_finite(ops, v, keys->v_row, seen, dim_v))
-    ops->gemm_skipping_zeros(rows, dim_v, seen, s, FA_BLOCK_LD, 1, v, keys->v_row, o, ld_v);
+  int ld_v = fa_tile_ld(p->dim_v), dim_v = fa_pad(p->dim_v), rows = patch->rows * t->count, seen = fa_min(patch->hi, columns) - patch->lo;
+  void *o = fa_at(ops, t->o, (int64_t)patch->row * ld_v), *v = fa_at(ops, t->v, (int64_t)patch->lo * ld_v);
+  if (partial && !ops->all_finite(v, (int64_t)seen * ld_v))
+    ops->gemm_skipping_zeros(rows, dim_v, seen, t->s, FA_BLOCK_LD, 1, v, ld_v, o, ld_v);
   else
-    ops->gemm(rows, dim_v, seen, s, FA_BLOCK_LD, 1, v, keys->v_row, o, ld_v, 1);
+    ops->gemm(rows, dim_v, seen, t->s, FA_BLOCK_LD, 1, v, ld_v, o, ld_v, 1);
 }
 
-static void attend_many(const fa_forward_tile *t, const key_rows *keys, const fa_patch *patch) {
+static void attend_patch(const fa_forward_tile *t, int n0, int columns, const fa_patch *patch) {
   const fa_tile_ops *ops = t->heads->ops;
   int dim_qk = t->heads->problem->dim_qk, ld_qk = fa_tile_ld(dim_qk);
   ops->gemm(patch->rows * t->count, patch->hi - patch->lo, dim_qk, fa_at(ops, t->q, (int64_t)patch->row * ld_qk), ld_qk, 1,
-            fa_at(ops, keys->k, patch->lo), FA_BLOCK_LD, t->s, FA_BLOCK_LD, 0);
-  attend_patch(t, keys, patch);
-}
-
-/* Rows of the tiles' own type are read where they lie, as each is needed once only. */
-static const void *rows_once(const fa_head *head, const fa_view *view, int dim, int n0, int columns, void *tile, ptrdiff_t *ld) {
-  int same_type = head->problem->dtype == FA_F64 || head->problem->dtype == FA_F32;
-  *ld = (ptrdiff_t)view->s;
-  if (same_type && view->d == 1 && dim % FA_TILE_PAD == 0) return fa_key_row(head, view, n0);
-  *ld = fa_tile_ld(dim);
-  fa_load_key_rows(head, view, n0, columns, dim, tile, (int)*ld);
-  return tile;
-}
-
-/* Few rows of queries: products as dots of rows, so that keys need not be transposed. */
-static void attend_few(const fa_forward_tile *t, int n0, int columns) {
-  const fa_head *head = t->heads;
-  const fa_problem *p = head->problem;
-  const fa_patch patch = {0, t->rows, 0, fa_pad(columns)};
-  int dim_qk = fa_pad(p->dim_qk), rows = t->rows * t->count;
-  ptrdiff_t k_row, v_row;
-  const void *k = rows_once(head, &p->k, p->dim_qk, n0, columns, t->kt, &k_row);
-  const void *v = rows_once(head, &p->v, p->dim_v, n0, columns, t->v, &v_row);
-  head->ops->dots(rows, columns, dim_qk, t->q, fa_tile_ld(p->dim_qk), k, k_row, t->s, FA_BLOCK_LD);
-  attend_patch(t, &(key_rows){n0, columns, NULL, v, v_row}, &patch);
+            fa_at(ops, t->kt, patch->lo), FA_BLOCK_LD, t->s, FA_BLOCK_LD, 0);
+  fa_add_values(t, patch, columns, fa_weigh_products(t, n0, patch));
 }
 
 void fa_attend_keys(const fa_forward_tile *t, int n0) {
   const fa_head *head = t->heads;
   const fa_problem *p = head->problem;
   int columns = fa_min(FA_BLOCK_N, head->seq.len_k - n0);
-  const key_rows keys = {n0, columns, t->kt, t->v, fa_tile_ld(p->dim_v)};
   fa_patch patch = {0, t->rows, 0, fa_pad(columns)};
   if (!fa_tile_in_block_mask(head, t->m0, n0)) return;
-  if (t->rows * t->count <= FA_FEW_ROWS) {
-    attend_few(t, n0, columns);
-    return;
-  }
   fa_load_keys_transposed(head, &p->k, n0, columns, p->dim_qk, t->kt);
-  fa_load_key_rows(head, &p->v, n0, columns, p->dim_v, t->v, (int)keys.v_row);
+  fa_load_key_rows(head, &p->v, n0, columns, p->dim_v, t->v, fa_tile_ld(p->dim_v));
   if (t->count > 1) {
-    attend_many(t, &keys, &patch);
+    attend_patch(t, n0, columns, &patch);
     return;
   }
   patch.rows = 0;
-  while (fa_next_patch(head, t->m0, t->rows, n0, columns, &patch)) attend_many(t, &keys, &patch);
+  while (fa_next_patch(head, t->m0, t->rows, n0, columns, &patch)) attend_patch(t, n0, columns, &patch);
 }
 
 void fa_ask_for_next_keys(const fa_forward_tile *t, int n0, int end) {

@@ -15,7 +15,7 @@ typedef struct {
   double *out_scale;   /* [tile rows] */
 } fa_forward_tile;
 
-/* kt, v, s and dropout are taken from `with` where that is given: tiles of one worker may share them. */
+/* kt, v and dropout are taken from `with` where that is given: tiles of one worker may share them. */
 fa_forward_tile fa_carve_forward_tile(const fa_problem *problem, const fa_tile_ops *ops, const fa_forward_plan *plan, fa_arena *arena,
                                       const fa_forward_tile *with);
 
@@ -24,6 +24,12 @@ void fa_begin_forward(const fa_forward_tile *tile);
 
 /* Takes up keys [n0, n0 + 64), as far as the rows see them. */
 void fa_attend_keys(const fa_forward_tile *tile, int n0);
+
+/* The steps of that. A patch of products in s -> scores -> exponentials; returns 1 when some pair may be invisible. A tile of several heads is
+ * always one patch. */
+int fa_weigh_products(const fa_forward_tile *tile, int n0, const fa_patch *patch);
+/* O += P V with the values in v, of which `columns` are there. */
+void fa_add_values(const fa_forward_tile *tile, const fa_patch *patch, int columns, int partial);
 
 /* Asks for keys that will be taken up next, up to `end`. */
 void fa_ask_for_next_keys(const fa_forward_tile *tile, int n0, int end);

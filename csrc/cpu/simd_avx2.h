@@ -31,6 +31,20 @@ static inline double sum_lanes_f64(__m256d v) {
 #define SUM_LANES_f32(v) sum_lanes_f32((__m256)(v))
 #define SUM_LANES_f64(v) sum_lanes_f64((__m256d)(v))
 
+/* out[i] = the sum over the lanes of v[i] */
+static inline void sum_four_f32(const vec_f32 *v, float *out) {
+  __m256 pairs = _mm256_hadd_ps((__m256)v[0], (__m256)v[1]), more = _mm256_hadd_ps((__m256)v[2], (__m256)v[3]);
+  __m256 halves = _mm256_hadd_ps(pairs, more);
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+}
+
+static inline void sum_four_f64(const vec_f64 *v, double *out) {
+  for (int i = 0; i < 4; i++) out[i] = sum_lanes_f64((__m256d)v[i]);
+}
+
+#define WIDEN_BF16(p) ((vec_f32)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
+#define WIDEN_F16(p) ((vec_f32)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p))))
+
 #define HALVES 8
 #define LOAD_HALVES(dst, src) _mm256_storeu_ps(dst, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(src))))
 #define STORE_HALVES(dst, src) \

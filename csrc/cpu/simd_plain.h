@@ -2,6 +2,8 @@
  *
  *     MAX_t(a, b)             lanewise maximum, b where a is NaN            MIN_t(a, b)
  *     MAX_LANES_t(v)          over the lanes of one vector                  SUM_LANES_t(v)
+ *     sum_four_t(v, out)      out[i] = the sum over the lanes of v[i], for i < 4
+ *     WIDEN_BF16, WIDEN_F16   a vector of floats from 16-bit elements
  *     EDGE_t, TRANSPOSE_t     dst[c][r] = src[r][c] for a square of EDGE
  *     HALVES, LOAD_HALVES, STORE_HALVES     that many float16 <-> float in one go; 0: none
  *
@@ -22,6 +24,9 @@
     for (int i = 0; i < (lanes); i++) sum += v[i];                                                          \
     return sum;                                                                                             \
   }                                                                                                         \
+  static inline void sum_four_##suffix(const vec_##suffix *v, real *out) {                                  \
+    for (int i = 0; i < 4; i++) out[i] = sum_lanes_##suffix(v[i]);                                          \
+  }                                                                                                         \
   static inline void transpose_##suffix(const real *src, ptrdiff_t src_row, real *dst, ptrdiff_t dst_row) { \
     for (int c = 0; c < 4; c++)                                                                             \
       for (int r = 0; r < 4; r++) dst[c * dst_row + r] = src[r * src_row + c];                              \
@@ -38,6 +43,21 @@ PLAIN_LANES(f64, double, VECTOR_BYTES / 8)
 #define EDGE_f64 4
 #define TRANSPOSE_f32 transpose_f32
 #define TRANSPOSE_f64 transpose_f64
+
+static inline vec_f32 widen_bf16(const uint16_t *src) {
+  vec_f32 wide;
+  for (int i = 0; i < VECTOR_BYTES / 4; i++) wide[i] = fa_from_bf16(src[i]);
+  return wide;
+}
+
+static inline vec_f32 widen_f16(const uint16_t *src) {
+  vec_f32 wide;
+  for (int i = 0; i < VECTOR_BYTES / 4; i++) wide[i] = fa_from_f16(src[i]);
+  return wide;
+}
+
+#define WIDEN_BF16 widen_bf16
+#define WIDEN_F16 widen_f16
 
 #define HALVES 0
 #define LOAD_HALVES(dst, src) ((void)0)

@@ -48,8 +48,14 @@ typedef struct {
   void (*gemm_skipping_zeros)(int m, int n, int k, const void *a, ptrdiff_t a_row, ptrdiff_t a_col, const void *b, ptrdiff_t b_row, void *c,
                               ptrdiff_t c_row);
 
-  /* c[m][n] = sum over k of a[m][k] * b[n][k] for few rows of a: b is read once, as it lies. k is a multiple of FA_TILE_PAD; n of any size. */
-  void (*dots)(int m, int n, int k, const void *a, ptrdiff_t a_row, const void *b, ptrdiff_t b_row, void *c, ptrdiff_t c_row);
+  /* Few rows of a: b is read once, as it lies, of the tiles' own type or a 16-bit one; its dims are a multiple of FA_TILE_PAD. */
+
+  /* c[m][n] = sum over k of a[m][k] * b[n][k]; n of any size, and columns of c up to the next multiple of 4 may be overwritten. */
+  void (*dots)(int m, int n, int k, const void *a, ptrdiff_t a_row, const void *b, fa_dtype b_dtype, ptrdiff_t b_row, void *c,
+               ptrdiff_t c_row);
+  /* c[m][n] += sum over k of a[m][k] * b[k][n] */
+  void (*few)(int m, int n, int k, const void *a, ptrdiff_t a_row, const void *b, fa_dtype b_dtype, ptrdiff_t b_row, void *c,
+              ptrdiff_t c_row);
 
   /* rows x columns elements of any dtype and strides -> dst[row][column], zero up to ld. */
   void (*load)(void *dst, int ld, const void *src, fa_dtype dtype, int64_t row_stride, int64_t column_stride, int rows, int columns);

@@ -101,6 +101,7 @@ static const fa_tile_ops FN(ops) = {
     .gemm = FN(gemm),
     .gemm_skipping_zeros = FN(gemm_skipping_zeros),
     .dots = FN(dots),
+    .few = FN(few),
     .load = FN(load),
     .load_transposed = FN(load_transposed),
     .store = FN(store),

@@ -43,6 +43,18 @@ ALWAYS_INLINE int store_halves(uint16_t *dst, const void *floats, float scale, i
   return i;
 }
 
+/* 16-bit elements are widened in registers; others are of the vectors' own type. */
+ALWAYS_INLINE vec_f32 load_as_f32(const void *src, const fa_dtype dtype, ptrdiff_t index) {
+  if (dtype == FA_BF16) return WIDEN_BF16((const uint16_t *)src + index);
+  if (dtype == FA_F16) return WIDEN_F16((const uint16_t *)src + index);
+  return *(const loose_vec_f32 *)((const float *)src + index);
+}
+
+ALWAYS_INLINE vec_f64 load_as_f64(const void *src, const fa_dtype dtype, ptrdiff_t index) {
+  (void)dtype;
+  return *(const loose_vec_f64 *)((const double *)src + index);
+}
+
 #define VEC FN(vec)
 #define IVEC FN(ivec)
 #define LANES (VECTOR_BYTES * 8 / REAL_BITS)
@@ -53,6 +65,7 @@ ALWAYS_INLINE int store_halves(uint16_t *dst, const void *floats, float scale, i
 #define FN(name) name##_f32
 #define REAL float
 #define REAL_BITS 32
+#define REAL_DTYPE FA_F32
 #define EXP2_LOW (-127.0f)
 #define EXP2_HIGH 127.0f
 #define EXP2_COEFFICIENTS 1.0f, 0.693146967f, 0.240221197f, 0.0555071327f, 0.00967554133f, 0.00132764720f
@@ -65,6 +78,7 @@ ALWAYS_INLINE int store_halves(uint16_t *dst, const void *floats, float scale, i
 #undef FN
 #undef REAL
 #undef REAL_BITS
+#undef REAL_DTYPE
 #undef EXP2_LOW
 #undef EXP2_HIGH
 #undef EXP2_COEFFICIENTS
@@ -74,6 +88,7 @@ ALWAYS_INLINE int store_halves(uint16_t *dst, const void *floats, float scale, i
 #define FN(name) name##_f64
 #define REAL double
 #define REAL_BITS 64
+#define REAL_DTYPE FA_F64
 #define EXP2_LOW (-1023.0)
 #define EXP2_HIGH 1023.0
 #define EXP2_COEFFICIENTS                                                                                                               \
