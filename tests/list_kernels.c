@@ -103,13 +103,16 @@ static int training(fa_dtype dtype, int dim_qk, int dim_v) {
   return failures;
 }
 
-/* Serving: one new query, or a few, against a long cache: split over keys and combined. */
+/* Serving: one new query, or a few, against a long cache: split over keys and combined; a large batch: not split. */
 static int serving(fa_dtype dtype, int dim) {
+  static const int lengths[] = {1, 128};
   int failures = 0;
-  for (int seqlen_q = 1; seqlen_q <= 128; seqlen_q *= 128) {
-    const shape s = {dtype, dim, dim, 1, 8, 8, seqlen_q, 65536, FA_BOTTOM_RIGHT, 0};
-    failures += run_shape(&s, 0);
-  }
+  for (int length = 0; length < 2; length++)
+    for (int group = 1; group <= 8; group *= 8)
+      for (int batch = 1; batch <= 128; batch *= 128) {
+        const shape s = {dtype, dim, dim, batch, 8, 8 / group, lengths[length], 65536, FA_BOTTOM_RIGHT, 0};
+        failures += run_shape(&s, 0);
+      }
   return failures;
 }
 

@@ -8,6 +8,7 @@ import torch
 import binding
 import gpu_model
 import reference
+from cases import Case, build
 
 pytestmark = pytest.mark.skipif(not gpu_model.available, reason="no C++ compiler to build the kernels with")
 HOPPER = (9, 0, 3, 232448)
@@ -17,13 +18,14 @@ def normal(*shape: int) -> torch.Tensor:
     return torch.randn(shape).bfloat16()
 
 
-def check(call: dict) -> tuple[torch.Tensor, torch.Tensor]:
+def check(call: dict, how: str = "") -> tuple[torch.Tensor, torch.Tensor]:
     call = binding.complete(call)
+    dtype = call["q"].dtype
     gpu_model.set_device(*HOPPER)
-    out, lse = gpu_model.forward(call)
+    out, lse = gpu_model.forward(call, how)
     ref, ref_lse = reference.attention(call)
-    pt, _ = reference.attention(call, torch.bfloat16)
-    assert reference.worst_error(out, ref) <= reference.allowance("out", pt, ref, torch.bfloat16)
+    pt, _ = reference.attention(call, dtype)
+    assert reference.worst_error(out, ref) <= reference.allowance("out", pt, ref, dtype)
     assert reference.worst_error(lse, ref_lse) <= 1e-5 * max(1.0, float(ref_lse[ref_lse.isfinite()].abs().max()))
     return out, lse
 
@@ -59,3 +61,38 @@ def test_infinite_values_reach_the_rows_that_see_them(dim: int) -> None:
     assert (out[290:, 3] == float("inf")).all() and (out[280:, 7] == float("-inf")).all() and out[270:, 11].isnan().all()
     assert out[:290, 3].isfinite().all() and out[:280, 7].isfinite().all() and out[:270, 11].isfinite().all()
     assert out[:, 12:].isfinite().all()
+
+
+BF16, GQA8 = {"dtype": "bfloat16"}, {"heads_q": 8, "heads_k": 1}
+FEATURES = [
+    Case("bias", dtype="float16", batch=1, seqlen_q=200, seqlen_k=300, dim_qk=64, bias="hmn", causal=True),
+    Case("bias_f32_and_mask", **BF16, seqlen_q=130, seqlen_k=150, dim_qk=128, bias="bn", bias_dtype="float32", mask="hmn", softcap=3.0),
+    Case("mask", **BF16, batch=1, seqlen_q=70, seqlen_k=300, dim_qk=64, mask="bm", window=(90, 20)),
+    Case("dropout", dtype="float16", seqlen_q=140, seqlen_k=270, dim_qk=64, dropout=0.3, causal=True),
+    Case("dropout_of_packed", **BF16, dim_qk=128, dropout=0.1, lengths=((17, 40), (0, 13), (129, 300), (31, 0)), heads_q=4, sinks=True),
+    Case("dropout_and_bias", **BF16, seqlen_q=65, seqlen_k=100, dim_qk=256, dropout=0.2, bias="bhmn", alibi="h"),
+]
+FEW_ROWS = [
+    Case("one_row", **BF16, batch=1, heads_q=1, heads_k=1, seqlen_q=1, seqlen_k=900, dim_qk=128, sinks=True),
+    Case("one_row_of_a_group", **BF16, batch=1, seqlen_q=1, seqlen_k=900, dim_qk=64, **GQA8, causal=True, sinks=True),
+    Case("group_of_three", dtype="float16", batch=1, seqlen_q=5, seqlen_k=700, dim_qk=128, heads_q=6, heads_k=2, alibi="h", bias="hn"),
+    Case("group_of_eight", **BF16, batch=1, seqlen_q=37, seqlen_k=400, dim_qk=128, **GQA8, window=(90, 9), dropout=0.2, mask="mn"),
+    Case("packed_group", **BF16, dim_qk=128, **GQA8, lengths=((3, 300), (0, 13), (50, 260), (2, 0)), causal=True, sinks=True),
+    Case("used_part_of_a_group", **BF16, seqlen_q=20, seqlen_k=500, dim_qk=64, dim_v=128, **GQA8, seqused="qk"),
+    Case("split_tiles", **BF16, batch=1, heads_q=2, heads_k=2, seqlen_q=150, seqlen_k=2000, dim_qk=64, causal=True),
+]
+
+
+@pytest.mark.parametrize("case", [*FEATURES, *FEW_ROWS], ids=str)
+def test_features(case: Case) -> None:
+    check(build(case), case.strided)
+
+
+@pytest.mark.parametrize("group", [1, 8])
+def test_infinite_values_in_one_part_of_the_keys(group: int) -> None:
+    q, k, v = normal(1, 3, group, 64), normal(1, 2000, 1, 64), normal(1, 2000, 1, 64)
+    v[0, 1999, 0, 3], v[0, 20, 0, 7], v[0, 1000, 0, 11] = float("inf"), float("-inf"), float("nan")
+    gpu_model.set_device(*HOPPER)
+    out = gpu_model.forward(binding.complete({"q": q, "k": k, "v": v, "causal": True}))[0][0]
+    assert (out[:, :, 7] == float("-inf")).all() and out[:, :, 11].isnan().all() and out[:, :, 12:].isfinite().all()
+    assert (out[2, :, 3] == float("inf")).all() and out[:2, :, 3].isfinite().all()

@@ -21,10 +21,29 @@ static fa_code map_view(const fa_view *view, fa_dtype dtype, int dim, int64_t po
   return fa_driver_tensor_map(&shape, map, error);
 }
 
-static fa_code map_all(const fa_problem *p, int block_n, fa_tensor_map map[3], fa_error *error) {
-  int packed = p->lengths.packed, batch = packed ? 1 : p->batch;
+/* Queries as (dim, head of a group, position, group, batch): a box is the rows of a warpgroup, 1 << pack_log2 heads of them side by side. Heads that a
+ * group does not have arrive as zeros. */
+static fa_code map_groups(const fa_problem *p, int pack_log2, int64_t positions, int batch, fa_tensor_map *map, fa_error *error) {
+  uint64_t size = (uint64_t)fa_dtype_bytes(p->dtype), head = (uint64_t)p->q.h * size;
+  const fa_tensor_map_shape shape = {
+      .dtype = p->dtype,
+      .rank = 5,
+      .base = p->q.data,
+      .dims = {(uint64_t)p->dim_qk, (uint64_t)p->group, (uint64_t)positions, (uint64_t)p->heads_k, (uint64_t)batch},
+      .stride_bytes = {head, positions > 1 ? (uint64_t)p->q.s * size : 16, head * (uint64_t)p->group,
+                       batch > 1 ? (uint64_t)p->q.b * size : 16},
+      .box = {MAP_COLUMNS, 1u << pack_log2, QUERY_ROWS >> pack_log2, 1, 1},
+      .swizzle = FA_SWIZZLE_128B,
+      .l2_promotion = FA_L2_256B,
+  };
+  return fa_driver_tensor_map(&shape, map, error);
+}
+
+static fa_code map_all(const fa_problem *p, const fa_forward_plan *plan, fa_tensor_map map[3], fa_error *error) {
+  int packed = p->lengths.packed, batch = packed ? 1 : p->batch, block_n = plan->block_n;
   int64_t rows_q = packed ? p->total_q : p->seqlen_q, rows_k = packed ? p->total_k : p->seqlen_k;
-  fa_code code = map_view(&p->q, p->dtype, p->dim_qk, rows_q, p->heads_q, batch, QUERY_ROWS, &map[0], error);
+  fa_code code = fa_plan_has_few_rows(plan) ? map_groups(p, plan->pack_log2, rows_q, batch, &map[0], error)
+                                            : map_view(&p->q, p->dtype, p->dim_qk, rows_q, p->heads_q, batch, QUERY_ROWS, &map[0], error);
   if (code == FA_OK) code = map_view(&p->k, p->dtype, p->dim_qk, rows_k, p->heads_k, batch, block_n, &map[1], error);
   if (code == FA_OK) code = map_view(&p->v, p->dtype, p->dim_v, rows_k, p->heads_k, batch, block_n, &map[2], error);
   return code;
@@ -39,9 +58,10 @@ fa_code fa_launch_forward_sm90(const fa_problem *p, const fa_forward_plan *plan,
   fa_tensor_map map[3];
   if (planned->grid == 0) return FA_OK;
   fa_code code = fa_store_get(p->device_index, &variant, &kernel, error);
-  if (code == FA_OK) code = map_all(p, plan->block_n, map, error);
-  if (code == FA_OK && plan->workspace_bytes) {
-    schedule.next = (int *)(void *)workspace;
+  if (code == FA_OK) code = map_all(p, plan, map, error);
+  arguments->problem.pack_log2 = plan->pack_log2;
+  if (code == FA_OK && plan->queue_bytes) {
+    schedule.next = (int *)(void *)(workspace + plan->workspace_bytes - plan->queue_bytes);
     code = fa_driver_memset(p->device_index, workspace, 0, sizeof *schedule.next, stream, error);
   }
   if (code != FA_OK) return code;

@@ -150,7 +150,7 @@ static fa_code plan_combine(const fa_problem *p, fa_forward_plan *plan, fa_error
   plan->combine = of_warps("combine", p->dtype, FA_COMBINE_WARPS, tiles * heads);
   plan->combine.smem_bytes = FA_COMBINE_WARPS * FA_COMBINE_DIM * (int)sizeof(float);
   plan->partial_lse_offset = fa_align_workspace(rows * splits * (size_t)p->dim_v * sizeof(float));
-  plan->workspace_bytes = plan->partial_lse_offset + rows * splits * sizeof(float);
+  plan->workspace_bytes = fa_align_workspace(plan->partial_lse_offset + rows * splits * sizeof(float));
   note(plan, "the keys are split over CTAs, since the query rows are too few to fill the GPU");
   return check_grid(tiles * heads, error);
 }
@@ -165,6 +165,7 @@ fa_code fa_plan_forward(const fa_problem *p, const fa_device_limits *limits, fa_
     note(plan, not_sm90);
   }
   if (code == FA_OK) code = plan_combine(p, plan, error);
+  plan->workspace_bytes += plan->queue_bytes;
   if (code == FA_OK && p->probs.data) {
     int64_t tiles = (p->seqlen_q + 127ll) / 128 * (128 / PLAIN_ROWS);
     plan->probs = of_warps("probs", p->dtype, PLAIN_ROWS, tiles * p->heads_q * p->batch);

@@ -45,13 +45,15 @@ int fa_changes_scores(const fa_problem *problem);
 int64_t fa_sequence_tiles(const fa_problem *problem, int64_t total, int seqlen, int rows);
 
 typedef struct {
-  fa_planned_kernel main;    /* fwd_sm80 or fwd_f64 */
+  fa_planned_kernel main;    /* fwd_sm90, fwd_sm80 or fwd_f64 */
   fa_planned_kernel combine; /* when the keys are split */
   fa_planned_kernel probs;   /* when probs is asked for */
   int block_m, block_n, stages;
   int tiles, splits; /* as in fa_forward_args */
   int combine_tiles;
-  size_t workspace_bytes, partial_lse_offset;
+  int pack_log2;                              /* fwd_sm90: as in fa_arg_problem */
+  size_t workspace_bytes, partial_lse_offset; /* partial results of splits first, then */
+  size_t queue_bytes;                         /* fwd_sm90: the counter of its queue, the last bytes of the workspace */
   const char *notes[FA_MAX_NOTES];
   int note_count;
 } fa_forward_plan;

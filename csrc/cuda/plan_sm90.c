@@ -5,12 +5,12 @@
 #include <string.h>
 
 typedef struct {
-  int dim_qk, dim_v, masking, score, varlen, block, keys, warpgroups, block_n, stages, q_stages, turns;
+  int dim_qk, dim_v, masking, features, varlen, block, keys, warpgroups, block_n, stages, q_stages, turns;
 } tile_row;
 
 static const tile_row tile_rows[] = {
-#define FA_SM90_TILE(qk, v, masking, score, varlen, block, keys, wg, n, kv, q, turns) \
-  {qk, v, masking, score, varlen, block, keys, wg, n, kv, q, turns},
+#define FA_SM90_TILE(qk, v, masking, features, varlen, block, keys, wg, n, kv, q, turns) \
+  {qk, v, masking, features, varlen, block, keys, wg, n, kv, q, turns},
 #include "tiles_sm90.def"
 #undef FA_SM90_TILE
 };
@@ -21,18 +21,39 @@ enum {
   CHUNK = 64,             /* columns of a swizzled row of 128 bytes */
   SECTION_KIB = 32 << 10, /* keys and values that a section of heads may keep in the L2 cache */
   TILE_SLOTS = 4,
-  SPLIT_BLOCKS = 8, /* from here on it pays to split the keys of a problem with few query tiles */
+  MAX_PACK_LOG2 = 6, /* a warpgroup's rows hold at least one position */
+  MAX_SPLITS = 128,
+  /* In units of one key block's time: what a tile takes besides its blocks, and what combining the parts of split keys takes. */
+  TILE_COST = 3,
+  COMBINE_COST = 5,
 };
+
+/* What a tile must have registers for. */
+enum { PLAIN, SCORES, BIAS_OR_DROPOUT };
+
+/* The constant SCORE. */
+enum { NO_SCORE, SCORE, SCORE_AND_BIAS };
 
 static int fits(int wanted, int is) { return wanted == ANY || wanted == is; }
 static int chunks(int dim) { return (dim + CHUNK - 1) / CHUNK; }
 
+/* A lone last query sees every key: under a causal mask as without. */
 static int has_masking(const fa_problem *p) {
   const fa_rule rule = p->visibility.rule;
-  return rule.causal || rule.window_left >= 0 || rule.window_right >= 0;
+  return (rule.causal && (rule.causal != 1 || p->seqlen_q > 1)) || rule.window_left >= 0 || rule.window_right >= 0;
 }
 
 static int has_varlen(const fa_problem *p) { return p->lengths.packed || p->lengths.used_q.data || p->lengths.used_k.data; }
+
+static int score_of(const fa_problem *p) {
+  if (p->score.bias.data || p->visibility.mask.data) return SCORE_AND_BIAS;
+  return fa_changes_scores(p) ? SCORE : NO_SCORE;
+}
+
+static int features_of(const fa_problem *p) {
+  if (score_of(p) == SCORE_AND_BIAS || p->dropout.p > 0) return BIAS_OR_DROPOUT;
+  return score_of(p) == SCORE ? SCORES : PLAIN;
+}
 
 /* As laid out at the head of fwd_sm90.cu. */
 static int smem_of(const tile_row *t) {
@@ -57,7 +78,7 @@ static int is_uneven(const fa_problem *p) { return has_masking(p) || has_varlen(
 static const tile_row *choose_row(const fa_problem *p, const fa_device_limits *limits) {
   for (size_t i = 0; i < sizeof tile_rows / sizeof *tile_rows; i++) {
     const tile_row *t = &tile_rows[i];
-    if (p->dim_qk <= t->dim_qk && p->dim_v <= t->dim_v && fits(t->masking, has_masking(p)) && fits(t->score, fa_changes_scores(p)) &&
+    if (p->dim_qk <= t->dim_qk && p->dim_v <= t->dim_v && fits(t->masking, has_masking(p)) && features_of(p) <= t->features &&
         fits(t->varlen, has_varlen(p)) && t->block == has_blocks(p) && divides_blocks(p, t) && p->seqlen_k >= t->keys &&
         smem_of(t) <= limits->smem_per_block_optin)
       return t;
@@ -84,9 +105,6 @@ static int tma_can_read_all(const fa_problem *p) {
 static const char *why_not(const fa_problem *p, const fa_device_limits *limits) {
   if (limits->cc_major != 9 || limits->cc_minor != 0) return "fwd_sm90: the device is not of compute capability 9.0";
   if (p->dtype != FA_F16 && p->dtype != FA_BF16) return "fwd_sm90: q is neither float16 nor bfloat16";
-  if (p->dropout.p > 0) return "fwd_sm90: dropout_p is not 0";
-  if (p->score.bias.data) return "fwd_sm90: there is a bias";
-  if (p->visibility.mask.data) return "fwd_sm90: there is a mask";
   if (p->seqlen_q == 0 || p->seqlen_k == 0 || p->batch == 0) return "fwd_sm90: there is nothing to multiply";
   if (p->total_q > INT32_MAX || p->total_k > INT32_MAX) return "fwd_sm90: more than 2^31 positions";
   if (!tma_can_read_all(p))
@@ -94,19 +112,55 @@ static const char *why_not(const fa_problem *p, const fa_device_limits *limits) 
   return NULL;
 }
 
-/* Few query tiles and many keys: the portable kernel splits the keys over the GPU, this one does not. */
-static int wants_split(const fa_problem *p, const fa_device_limits *limits, const tile_row *t, int64_t tiles) {
-  return p->lengths.bounds_given && tiles * 2 <= limits->sm_count && p->seqlen_k >= SPLIT_BLOCKS * t->block_n;
+/* Query tiles of all heads, with 1 << pack_log2 heads of a group in a tile. */
+static int64_t count_tiles(const fa_problem *p, const tile_row *t, int pack_log2, int64_t *heads) {
+  *heads = (int64_t)(pack_log2 ? p->heads_k : p->heads_q) * (p->lengths.packed ? 1 : p->batch);
+  return fa_sequence_tiles(p, p->total_q, p->seqlen_q, QUERY_ROWS * t->warpgroups >> pack_log2);
 }
 
-static void add_constants(fa_planned_kernel *k, const fa_problem *p, const tile_row *t) {
-  const fa_constant constants[] = {
-      {"DTYPE", (int)p->dtype},  {"HEAD_DIM", t->dim_qk},       {"DIM_V", t->dim_v},
-      {"BLOCK_N", t->block_n},   {"WARPGROUPS", t->warpgroups}, {"STAGES", t->stages},
-      {"Q_STAGES", t->q_stages}, {"PINGPONG", t->turns},        {"OVERLAP", 1},
+/* Packs the heads of a group into one tile, as a power of 2, where that makes clearly fewer tiles of a sequence: with few query rows a tile of one head
+ * is mostly empty, and every head reads the keys anew. Returns the logarithm, 0 for no packing. */
+static int choose_pack(const fa_problem *p, const tile_row *t) {
+  int log2 = 0, block_m = QUERY_ROWS * t->warpgroups;
+  while (1 << log2 < p->group) log2++;
+  if (log2 == 0 || log2 > MAX_PACK_LOG2 || has_blocks(p)) return 0;
+  int64_t apart = (int64_t)p->group * fa_ceil_div(p->seqlen_q, block_m), together = fa_ceil_div(p->seqlen_q, block_m >> log2);
+  return 8 * together <= 7 * apart ? log2 : 0;
+}
 
-      {"LAZY_RESCALE", 1},       {"MASKING", has_masking(p)},   {"SCORE", fa_changes_scores(p)},
-      {"VARLEN", has_varlen(p)}, {"BLOCK_MASK", has_blocks(p)},
+/* The split of the keys with the shortest time by waves of tiles, when there is not a tile for every SM, or tiles are alike and their last wave
+ * leaves SMs idle. Depends on shapes and device only. */
+static int choose_splits(const fa_problem *p, const fa_device_limits *limits, const tile_row *t, int64_t tiles) {
+  int64_t blocks = fa_ceil_div(p->seqlen_k, t->block_n), best = 0, most = is_uneven(p) ? 1 : 4;
+  int chosen = 1;
+  if (!p->lengths.bounds_given || tiles == 0 || tiles >= most * limits->sm_count) return 1;
+  for (int64_t splits = 1; splits <= blocks && splits <= MAX_SPLITS; splits++) {
+    int64_t waves = (tiles * splits + limits->sm_count - 1) / limits->sm_count, share = (blocks + splits - 1) / splits;
+    int64_t cost = waves * (share + TILE_COST) + (splits > 1 ? COMBINE_COST : 0);
+    if (splits == 1 || cost < best) best = cost, chosen = (int)splits;
+  }
+  return chosen;
+}
+
+static void add_constants(fa_planned_kernel *k, const fa_problem *p, const fa_forward_plan *plan, const tile_row *t) {
+  const fa_constant constants[] = {
+      {"DTYPE", (int)p->dtype},
+      {"HEAD_DIM", t->dim_qk},
+      {"DIM_V", t->dim_v},
+      {"BLOCK_N", t->block_n},
+      {"WARPGROUPS", t->warpgroups},
+      {"STAGES", t->stages},
+      {"Q_STAGES", t->q_stages},
+      {"PINGPONG", t->turns},
+      {"OVERLAP", 1},
+
+      {"LAZY_RESCALE", 1},
+      {"MASKING", has_masking(p)},
+      {"SCORE", score_of(p)},
+      {"VARLEN", has_varlen(p)},
+      {"BLOCK_MASK", has_blocks(p)},
+      {"DROPOUT", p->dropout.p > 0},
+      {"FEW_ROWS", fa_plan_has_few_rows(plan)},
   };
   for (size_t i = 0; i < sizeof constants / sizeof *constants; i++) fa_add_constant(k, constants[i].name, constants[i].value);
 }
@@ -117,28 +171,34 @@ const char *fa_plan_forward_sm90(const fa_problem *p, const fa_device_limits *li
   const tile_row *t = choose_row(p, limits);
   if (!t && has_blocks(p)) return "fwd_sm90: no tile divides the blocks of block_mask";
   if (!t) return "fwd_sm90: no tile for these head dims within the device's shared memory";
-  int block_m = QUERY_ROWS * t->warpgroups;
-  int64_t tiles = fa_sequence_tiles(p, p->total_q, p->seqlen_q, block_m), heads = (int64_t)p->heads_q * (p->lengths.packed ? 1 : p->batch);
+  int pack_log2 = choose_pack(p, t);
+  int64_t heads, tiles = count_tiles(p, t, pack_log2, &heads);
   if (tiles * heads > INT32_MAX / 2) return "fwd_sm90: more than 2^30 query tiles";
-  if (wants_split(p, limits, t, tiles * heads)) return "fwd_sm90: the query rows are too few to fill the GPU, so the keys are split";
+  int splits = choose_splits(p, limits, t, tiles * heads);
+  if (splits > 1 && has_blocks(p))
+    return "fwd_sm90: the query rows are too few to fill the GPU, and under a block_mask it cannot split the keys";
 
-  int64_t grid = tiles * heads < limits->sm_count ? tiles * heads : limits->sm_count;
+  int64_t all = tiles * heads * splits, grid = all < limits->sm_count ? all : limits->sm_count;
   plan->main = (fa_planned_kernel){.kernel = "fwd_sm90", .grid = grid, .threads = 128 * (t->warpgroups + 1), .smem_bytes = smem_of(t)};
-  add_constants(&plan->main, p, t);
-  plan->block_m = block_m;
+  plan->block_m = QUERY_ROWS * t->warpgroups;
   plan->block_n = t->block_n;
   plan->stages = t->stages;
   plan->tiles = (int)tiles;
-  plan->splits = 1;
-  plan->workspace_bytes = tiles * heads > grid && is_uneven(p) ? FA_WORKSPACE_ALIGNMENT : 0; /* the queue's counter */
+  plan->splits = splits;
+  plan->pack_log2 = pack_log2;
+  plan->queue_bytes = all > grid && is_uneven(p) ? FA_WORKSPACE_ALIGNMENT : 0;
+  add_constants(&plan->main, p, plan, t);
+  if (pack_log2) plan->notes[plan->note_count++] = "the query heads of a group share a tile, since one alone would leave it mostly empty";
   return NULL;
 }
+
+int fa_plan_has_few_rows(const fa_forward_plan *plan) { return plan->splits > 1 || plan->pack_log2 > 0; }
 
 int fa_plan_is_sm90(const fa_forward_plan *plan) { return plan->main.kernel && strcmp(plan->main.kernel, "fwd_sm90") == 0; }
 
 fa_schedule fa_schedule_sm90(const fa_problem *p, const fa_forward_plan *plan) {
-  int heads = p->heads_q * (p->lengths.packed ? 1 : p->batch);
-  int64_t section = p->group;
+  int heads = (plan->pack_log2 ? p->heads_k : p->heads_q) * (p->lengths.packed ? 1 : p->batch);
+  int64_t section = plan->pack_log2 ? 1 : p->group;
   if (is_uneven(p)) { /* tiles of unequal length: heads side by side, so that each starts with its longest */
     int64_t head_bytes = (int64_t)p->seqlen_k * (p->dim_qk + p->dim_v) * 2, fitting = ((int64_t)SECTION_KIB << 10) / head_bytes;
     section *= fitting < 1 ? 1 : fitting;
@@ -147,7 +207,8 @@ fa_schedule fa_schedule_sm90(const fa_problem *p, const fa_forward_plan *plan) {
       .heads = heads,
       .tiles = plan->tiles,
       .section = section < heads ? (int)section : heads,
-      .total = heads * plan->tiles,
+      .splits = plan->splits,
+      .total = heads * plan->tiles * plan->splits,
       .scale_log2 = (float)(p->score.scale * 1.4426950408889634),
   };
 }

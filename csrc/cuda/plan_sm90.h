@@ -6,12 +6,15 @@
 #include "kernels/schedule_sm90.h"
 #include "plan.h"
 
-/* Fills the plan (main, tiles, workspace) when fwd_sm90 can run the problem and is the better choice, and returns NULL. Otherwise leaves it as it
+/* Fills the plan (main, tiles, splits, the queue's bytes) when fwd_sm90 can run the problem and is the better choice, and returns NULL. Otherwise leaves it as it
  * is and returns why not, a sentence for explain. */
 const char *fa_plan_forward_sm90(const fa_problem *problem, const fa_device_limits *limits, fa_forward_plan *plan);
 
 /* 1 when the plan's main kernel is fwd_sm90. */
 int fa_plan_is_sm90(const fa_forward_plan *plan);
+
+/* 1 when such a plan splits the keys or packs heads into one tile: the constant FEW_ROWS. */
+int fa_plan_has_few_rows(const fa_forward_plan *plan);
 
 /* The order of tiles for a plan that fa_plan_forward_sm90 has filled; `next` is left NULL. */
 fa_schedule fa_schedule_sm90(const fa_problem *problem, const fa_forward_plan *plan);

@@ -81,20 +81,26 @@ typedef struct {
 } fa_tma_map;
 
 static inline uint32_t model_swizzle(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
-static inline char *model_element(const model_map *m, const int c[4], int column, int row) {
-  long at[4] = {c[0] + column, c[1] + row, c[2], c[3]};
-  for (int i = 0; i < 4; i++)
+static inline char *model_element(const model_map *m, const int c[5], int column, int row) {
+  long at[5] = {c[0] + column, c[1], c[2], c[3], c[4]}, left = row;
+  for (int i = 1; i < m->rank; left /= (long)m->box[i++]) at[i] += left % (long)m->box[i];
+  char *element = m->base + at[0] * 2;
+  for (int i = 0; i < m->rank; i++) {
     if (at[i] < 0 || (uint64_t)at[i] >= m->dims[i]) return 0;
-  return m->base + at[0] * 2 + at[1] * (long)m->stride_bytes[0] + at[2] * (long)m->stride_bytes[1] + at[3] * (long)m->stride_bytes[2];
+    if (i > 0) element += at[i] * (long)m->stride_bytes[i - 1];
+  }
+  return element;
 }
-static inline void cp_async_bulk_tensor_load(uint32_t dst, const fa_tma_map *map, uint32_t bar, int c0, int c1, int c2, int c3) {
+static inline void model_load(uint32_t dst, const fa_tma_map *map, uint32_t bar, int rank, int c0, int c1, int c2, int c3, int c4) {
   const model_map *m = (const model_map *)map;
-  int c[4] = {c0, c1, c2, c3};
-  if (dst % 1024) {
-    fprintf(stderr, "box at %u\n", dst);
+  int c[5] = {c0, c1, c2, c3, c4};
+  uint32_t rows = 1;
+  if (dst % 1024 || m->rank != rank) {
+    fprintf(stderr, "box of rank %d at %u\n", rank, dst);
     abort();
   }
-  for (uint32_t row = 0; row < m->box[1]; row++)
+  for (int i = 1; i < rank; i++) rows *= m->box[i];
+  for (uint32_t row = 0; row < rows; row++)
     for (uint32_t column = 0; column < m->box[0]; column++) {
       char *from = model_element(m, c, (int)column, (int)row);
       uint16_t x = 0;
@@ -102,8 +108,14 @@ static inline void cp_async_bulk_tensor_load(uint32_t dst, const fa_tma_map *map
       memcpy(shared + model_swizzle(dst + row * 128 + column * 2), &x, 2);
     }
   model_barrier *b = model_barrier_at(bar);
-  b->bytes -= m->box[0] * m->box[1] * 2;
+  b->bytes -= m->box[0] * rows * 2;
   model_barrier_check(b);
+}
+static inline void cp_async_bulk_tensor_load(uint32_t dst, const fa_tma_map *map, uint32_t bar, int c0, int c1, int c2, int c3) {
+  model_load(dst, map, bar, 4, c0, c1, c2, c3, 0);
+}
+static inline void cp_async_bulk_tensor_load_5d(uint32_t dst, const fa_tma_map *map, uint32_t bar, int c0, int c1, int c2, int c3, int c4) {
+  model_load(dst, map, bar, 5, c0, c1, c2, c3, c4);
 }
 static inline void prefetch_tensormap(const fa_tma_map *) {}
 static inline void st_global_v2(void *dst, uint32_t r0, uint32_t r1) {

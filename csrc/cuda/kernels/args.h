@@ -61,7 +61,7 @@ typedef struct {
 
   double keep_scale;          /* 1 / (1 - p) */
   uint32_t dropout_threshold; /* 0: no dropout */
-  uint32_t pad2;
+  int pack_log2;              /* fwd_sm90 with FEW_ROWS: a tile's rows are positions times 1 << pack_log2 heads of a group */
   uint64_t seed, offset;
   const int64_t *rng_state; /* (seed, offset) when given, instead of the two above */
   int64_t rng_stride;

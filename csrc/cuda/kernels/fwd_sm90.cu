@@ -43,8 +43,9 @@
  * finite are computed again, one at a time, from their visible keys alone.
  *
  * Constants: DTYPE, HEAD_DIM, DIM_V, BLOCK_N, WARPGROUPS, STAGES, Q_STAGES; to measure what they are worth, PINGPONG, OVERLAP (0: S waits for O),
- * LAZY_RESCALE (0: O is multiplied every time); MASKING (1: causal or window), SCORE (1: softcap, ALiBi, or a scale that is not positive), VARLEN
- * (1: cu_seqlens or seqused), BLOCK_MASK (1: there is one, in multiples of BLOCK_M and BLOCK_N).
+ * LAZY_RESCALE (0: O is multiplied every time); MASKING (1: causal or window), SCORE (1: softcap, ALiBi, or a scale that is not positive; 2: these, bias and
+ * mask), DROPOUT, VARLEN (1: cu_seqlens or seqused), BLOCK_MASK (1: there is one, in multiples of BLOCK_M and BLOCK_N), FEW_ROWS (1: for few query
+ * rows against many keys: the keys of a tile may be split, and combine.cu puts the parts together; its rows may be those of several heads, work_sm90.h).
  */
 #define REAL float
 #define ALIGNED 1
@@ -131,13 +132,24 @@ FA_INLINE void load_rows(uint32_t dst_smem, const fa_tma_map *map, uint32_t full
   for (int c = 0; c < chunks; c++) cp_async_bulk_tensor_load(dst_smem + c * rows * 128, map, full, 64 * c, row, h, b);
 }
 
+/* 64 rows of Q from `position` on, of one head or all of a group: (dim, head of the group, position, group, batch). */
+FA_INLINE void load_group(uint32_t dst_smem, const fa_tma_map *map, uint32_t full, int position, const work *t, int b, int group) {
+  mbarrier_arrive_expect_tx(full, SLAB_BYTES);
+#pragma unroll 1
+  for (int c = 0; c < QK_CHUNKS; c++)
+    cp_async_bulk_tensor_load_5d(dst_smem + c * 64 * 128, map, full, 64 * c, t->h % group, position, t->h / group, b);
+}
+
 /* Q of tile `turn`, 64 rows for each warpgroup. */
 FA_INLINE void load_q(const fa_arg_problem *p, const fa_tma_map *q_map, uint32_t smem, const work *t, int turn) {
 #pragma unroll 1
   for (int w = 0; w < WARPGROUPS; w++) {
+    int position = t->q_start + t->m0 + positions_of(p, 64 * w), b = VARLEN && p->packed ? 0 : t->b;
     mbarrier_wait_parity(q_empty(smem, w, turn), parity(turn, Q_STAGES) ^ 1); /* it has multiplied with the Q that lay there */
-    load_rows(q_smem(smem, w, turn), q_map, q_full(smem, w, turn), QK_CHUNKS, 64, t->q_start + t->m0 + 64 * w, t->h,
-              VARLEN && p->packed ? 0 : t->b);
+    if (FEW_ROWS)
+      load_group(q_smem(smem, w, turn), q_map, q_full(smem, w, turn), position, t, b, p->group);
+    else
+      load_rows(q_smem(smem, w, turn), q_map, q_full(smem, w, turn), QK_CHUNKS, 64, position, t->h, b);
   }
 }
 
@@ -193,8 +205,9 @@ FA_INLINE void produce(const fa_arg_problem *p, const fa_schedule *schedule, con
 typedef struct {
   const fa_forward_args *args;
   uint32_t smem;
-  int warp_row;  /* first row of the warp within BLOCK_M */
-  float to_log2; /* what scores, or products when they are scores but for their scale, are multiplied with for exp2 */
+  int warp_row;      /* first row of the warp within BLOCK_M */
+  float to_log2;     /* what scores, or products when they are scores but for their scale, are multiplied with for exp2 */
+  fa_philox_key key; /* DROPOUT */
 } place;
 
 FA_INLINE int args_zero(const place *me) { return me->args->problem.zero; }
@@ -208,13 +221,14 @@ typedef struct {
 
 FA_INLINE part part_of(const place *me, const work *t) {
   const fa_arg_problem *p = &me->args->problem;
-  int m0 = t->m0 + 64 * warpgroup(me), m1 = fa_min(m0 + 64, t->len_q);
+  int m0 = t->m0 + positions_of(p, 64 * warpgroup(me)), m1 = fa_min(m0 + positions_of(p, 64), t->len_q);
   part own = {0, -1, 0, 0, t->len_k / BLOCK_N};
   if (BLOCK_MASK) {
     own.last = m1 > m0 ? t->blocks - 1 : -1;
     own.ahead = m1 > m0 ? 0 : t->blocks;
   } else {
     seen_blocks(p, t->len_q, t->len_k, m0, m1, &own.first, &own.last);
+    if (FEW_ROWS) own.first = fa_max(own.first, t->first), own.last = fa_min(own.last, t->last);
     own.ahead = own.last < own.first ? t->blocks : t->last - own.last;
   }
   if (MASKING) {
@@ -308,20 +322,23 @@ FA_INLINE int needs_mask(const part *own, int n) { return n >= own->plain_end ||
 /* The first block of a tile after none: nothing to overlap with. */
 FA_INLINE void first_step(const place *me, const part *own, int turn, int ring, uint32_t p[2 * S_FRAGS], float max[2], float sum[2]) {
   float s[S_FRAGS][4], rescale[2];
+  uint32_t kept[KEPT_WORDS];
   weighing w;
   await_k(me, ring);
   int n = block_of(me, own->last, ring);
-  const block_place at = {&me->args->problem, slot_smem(me->smem, turn), me->warp_row, n * BLOCK_N};
+  const block_place at = {&me->args->problem, slot_smem(me->smem, turn), me->warp_row, n * BLOCK_N, me->key};
   uint32_t q = q_start(me, turn), keys = k_start(me, ring);
   take_turn(me);
   issue_scores(s, q, keys);
   pass_turn(me);
+  if (DROPOUT) draw_kept(kept, &at);
   wgmma_wait_group(0);
   wgmma_hold(&s[0][0], 4 * S_FRAGS);
   release_k(me, ring);
   release_q(me, turn, own->last == own->first);
   prepare_scores(s, &at, me->to_log2, needs_mask(own, n), max, sum, rescale, &w);
   weigh(s, 0, S_FRAGS, me->to_log2, &w, sum, args_zero(me));
+  if (DROPOUT) drop_weights(s, kept);
   pack_weights(p, s);
 }
 
@@ -329,11 +346,12 @@ FA_INLINE void first_step(const place *me, const part *own, int turn, int ring, 
 FA_INLINE void step(const place *me, const part *own, int n, int turn, int ring, float o[O_FRAGS][4], uint32_t p[2 * S_FRAGS], float max[2],
                     float sum[2]) {
   float s[S_FRAGS][4], rescale[2];
+  uint32_t kept[KEPT_WORDS];
   weighing w;
   int last_use = n == own->first;
   await_k(me, ring);
   n = block_of(me, n, ring);
-  const block_place at = {&me->args->problem, slot_smem(me->smem, turn), me->warp_row, n * BLOCK_N};
+  const block_place at = {&me->args->problem, slot_smem(me->smem, turn), me->warp_row, n * BLOCK_N, me->key};
   await_v(me, ring - 1);
   uint32_t q = q_start(me, turn), keys = k_start(me, ring), values = v_start(me, ring - 1);
   take_turn(me);
@@ -346,6 +364,7 @@ FA_INLINE void step(const place *me, const part *own, int n, int turn, int ring,
     issue_scores(s, q, keys);
   }
   pass_turn(me);
+  if (DROPOUT) draw_kept(kept, &at);
   if (OVERLAP)
     wgmma_wait_group(1);
   else
@@ -362,6 +381,7 @@ FA_INLINE void step(const place *me, const part *own, int n, int turn, int ring,
     release_v(me, ring - 1);
   }
   weigh(s, WAIT_FRAGS, S_FRAGS, me->to_log2, &w, sum, args_zero(me));
+  if (DROPOUT) drop_weights(s, kept);
   pack_weights(p, s);
   if (moved) rescale_output(o, rescale);
 }
@@ -374,7 +394,7 @@ FA_INLINE void last_step(const place *me, int turn, int ring, float o[O_FRAGS][4
   await_v(me, ring);
   issue_values(o, p, v_start(me, ring));
   work t = receive_work(&me->args->problem, slot_smem(me->smem, turn));
-  end_statistics(me->args, &t, t.m0 + me->warp_row, max, sum, factor);
+  end_statistics(me->args, &t, me->warp_row, max, sum, factor);
   wgmma_wait_group(0);
   wgmma_hold(&o[0][0], 4 * O_FRAGS);
   release_v(me, ring);
@@ -393,7 +413,7 @@ FA_INLINE int attend(const place *me, int turn, int ring, float o[O_FRAGS][4], f
   if (n < own.first) {
     bar_sync(PASS_BARRIER + warpgroup(me), 128); /* every warp has seen Q land */
     release_q(me, turn, 1);
-    end_statistics(me->args, &t, t.m0 + me->warp_row, max, sum, factor);
+    end_statistics(me->args, &t, me->warp_row, max, sum, factor);
     return ring;
   }
   first_step(me, &own, turn, ring, p, max, sum);
@@ -407,8 +427,11 @@ FA_INLINE int attend(const place *me, int turn, int ring, float o[O_FRAGS][4], f
 FA_INLINE void leave(const place *me, int turn, float o[O_FRAGS][4], const float factor[2]) {
   work t = receive_work(&me->args->problem, slot_smem(me->smem, turn));
   unsigned repair = rows_not_finite(o, factor);
-  write_output(me->args, &t, t.m0 + me->warp_row, o, factor);
-  if (repair) repair_rows(me->args, &t, t.m0 + me->warp_row, repair);
+  if (is_partial(me->args))
+    write_partial_output(me->args, &t, me->warp_row, o, factor);
+  else
+    write_output(me->args, &t, me->warp_row, o, factor);
+  if (repair) repair_rows(me->args, &t, me->warp_row, repair);
 #pragma unroll
   for (int d = 0; d < O_FRAGS; d++)
 #pragma unroll
@@ -418,7 +441,8 @@ FA_INLINE void leave(const place *me, int turn, float o[O_FRAGS][4], const float
 }
 
 FA_INLINE void consume(const fa_forward_args *args, const fa_schedule *schedule, uint32_t smem) {
-  const place me = {args, smem, uniform((int)threadIdx.x / 32 * 16 - 64), SCORE ? LOG2E : schedule->scale_log2};
+  place me = {args, smem, uniform((int)threadIdx.x / 32 * 16 - 64), SCORE ? LOG2E : schedule->scale_log2, {{0, 0}}};
+  if (DROPOUT) me.key = fa_dropout_key_of(&args->problem);
   float o[O_FRAGS][4] = {{0.0f}}, factor[2];
   int ring = 0;
   if (PINGPONG && warpgroup(&me) == 0) bar_arrive(TURN_BARRIER, 256); /* the first turn */

@@ -3,7 +3,9 @@
  * Each warp writes its 16 rows from its registers, 32 bytes of a row at a time, which are whole sectors of the cache: shared memory stays with Q, K
  * and V, so the next tile need not wait for this.
  *
- * Expects DIM_V, BLOCK_MASK.
+ * Where the keys are split both are of this part of the keys alone, in f32 in the workspace, and the sink is left to the kernel that combines the parts.
+ *
+ * Expects DIM_V, BLOCK_MASK, DROPOUT, FEW_ROWS.
  */
 #ifndef FA_OUTPUT_SM90_H
 #define FA_OUTPUT_SM90_H
@@ -14,23 +16,43 @@
 
 #define O_FRAGS (DIM_V / 8)
 
-/* lse of the warp's rows from row0 on, and what O has to be multiplied with: 0 where a row saw nothing. Ends the sums of the quads. */
+FA_INLINE int is_partial(const fa_forward_args *args) { return FEW_ROWS && args->splits > 1; }
+
+/* Where a head's position 0 goes, and from position to position. */
+FA_INLINE float *lse_of_head(const fa_forward_args *args, const work *t, int h) {
+  if (is_partial(args)) return (float *)args->partial_lse + partial_row(&args->problem, t, h);
+  return (float *)fa_head_base(&args->lse, 4, t->b, h, t->q_start);
+}
+FA_INLINE int64_t lse_stride(const fa_forward_args *args) { return is_partial(args) ? 1 : args->lse.s; }
+
+FA_INLINE char *out_of_head(const fa_forward_args *args, const work *t, int h) {
+  if (is_partial(args)) return (char *)args->partial_out + partial_row(&args->problem, t, h) * args->problem.dim_v * 4;
+  return fa_head_base(&args->out, 2, t->b, h, t->q_start);
+}
+FA_INLINE int64_t out_stride(const fa_forward_args *args) { return is_partial(args) ? args->problem.dim_v * 4 : args->out.s * 2; }
+
+/* lse of the rows of the warp whose first is row0 of the tile, and what O has to be multiplied with: 0 where a row saw nothing. Ends the sums of the
+ * quads. */
 FA_INLINE void end_statistics(const fa_forward_args *args, const work *t, int row0, const float max[2], const float sum[2],
                               float factor[2]) {
   int lane = laneid();
-  float sink = fa_sink_of_head(&args->problem, t->h);
-  char *lse_gmem = fa_head_base(&args->lse, 4, t->b, t->h, t->q_start);
+  float sink = MINUS_INFINITY, *lse_gmem;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    int row = row0 + (lane >> 2) + 8 * r, used = row < t->len_q;
-    float total = fa_quad_sum(sum[r]), lse = used ? fa_log_sum_exp(max[r], total) : MINUS_INFINITY;
-    factor[r] = total == 0.0f || !used ? 0.0f : __fdividef(1.0f, total);
-    if (used && sink != MINUS_INFINITY) { /* one more term of the sum, relative to the larger of the two */
+    row_place row = place_of_row(&args->problem, t, row0 + (lane >> 2) + 8 * r);
+    if (r == 0 || FEW_ROWS) { /* rows of another head */
+      if (!is_partial(args)) sink = fa_sink_of_head(&args->problem, row.h);
+      lse_gmem = lse_of_head(args, t, row.h);
+    }
+    float total = fa_quad_sum(sum[r]), lse = row.used ? fa_log_sum_exp(max[r], total) : MINUS_INFINITY;
+    factor[r] = total == 0.0f || !row.used ? 0.0f : __fdividef(1.0f, total);
+    if (DROPOUT) factor[r] *= (float)args->problem.keep_scale;
+    if (row.used && sink != MINUS_INFINITY) { /* one more term of the sum, relative to the larger of the two */
       float larger = fmaxf(lse, sink), kept = ex2_approx((lse - larger) * LOG2E), both = kept + ex2_approx((sink - larger) * LOG2E);
       factor[r] *= kept / both;
       lse = larger + __logf(both);
     }
-    if (lane % 4 == 0 && row < t->slot_q) ((float *)lse_gmem)[row * args->lse.s] = lse;
+    if (lane % 4 == 0 && row.held) lse_gmem[row.position * lse_stride(args)] = lse;
   }
 }
 
@@ -51,36 +73,59 @@ FA_INLINE unsigned rows_not_finite(float o[O_FRAGS][4], const float factor[2]) {
 /* O times factor. Of two fragments, 16 columns, a lane holds columns 2q, 2q + 1 and 2q + 8, 2q + 9; it swaps with its neighbour so that it has four
  * columns in a row, and a quad 16: even lanes those of the first fragment, odd lanes those of the second. */
 FA_INLINE void write_output(const fa_forward_args *args, const work *t, int row0, float o[O_FRAGS][4], const float factor[2]) {
-  int lane = laneid(), odd = lane & 1, column = 8 * odd + 2 * (lane & 2), row = row0 + (lane >> 2);
-  int64_t stride = args->out.s * 2;
-  char *out_gmem = fa_head_base(&args->out, 2, t->b, t->h, t->q_start) + row * stride + column * 2;
+  int lane = laneid(), odd = lane & 1, column = 8 * odd + 2 * (lane & 2);
+  char *out_gmem;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    int columns = row + 8 * r < t->slot_q ? args->problem.dim_v - column : 0;
+    row_place row = place_of_row(&args->problem, t, row0 + (lane >> 2) + 8 * r);
+    if (r == 0 || FEW_ROWS) out_gmem = out_of_head(args, t, row.h) + row.position * out_stride(args) + column * 2;
+    int columns = row.held ? args->problem.dim_v - column : 0;
 #pragma unroll
     for (int d = 0; d < O_FRAGS; d += 2) {
       uint32_t first = fa_pack(o[d][2 * r] * factor[r], o[d][2 * r + 1] * factor[r]);
       uint32_t second = fa_pack(o[d + 1][2 * r] * factor[r], o[d + 1][2 * r + 1] * factor[r]);
       if (factor[r] == 0.0f) first = second = 0; /* O may be anything where nothing was added */
       uint32_t swapped = __shfl_xor_sync(0xFFFFFFFFu, odd ? first : second, 1);
-      if (8 * d < columns) st_global_v2(out_gmem + 8 * r * stride + 16 * d, odd ? swapped : first, odd ? second : swapped);
+      if (8 * d < columns)
+        st_global_v2(out_gmem + (FEW_ROWS ? 0 : 8 * r * out_stride(args)) + 16 * d, odd ? swapped : first, odd ? second : swapped);
     }
   }
 }
 
-/* One row again, from its visible keys alone, by one warp; lane i computes columns i, i + 32, ... */
-FA_INLINE void repair_row(const fa_forward_args *args, const work *t, int row) {
+/* O times factor in f32, a fragment's row as a whole sector. */
+FA_INLINE void write_partial_output(const fa_forward_args *args, const work *t, int row0, float o[O_FRAGS][4], const float factor[2]) {
+  int lane = laneid(), column = 2 * (lane & 3);
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    row_place row = place_of_row(&args->problem, t, row0 + (lane >> 2) + 8 * r);
+    char *out_gmem = out_of_head(args, t, row.h) + row.position * out_stride(args) + column * 4;
+    int columns = row.held ? args->problem.dim_v - column : 0;
+#pragma unroll
+    for (int d = 0; d < O_FRAGS; d++) {
+      float first = factor[r] == 0.0f ? 0.0f : o[d][2 * r] * factor[r], second = factor[r] == 0.0f ? 0.0f : o[d][2 * r + 1] * factor[r];
+      if (8 * d < columns) st_global_v2(out_gmem + 32 * d, __float_as_uint(first), __float_as_uint(second));
+    }
+  }
+}
+
+/* One row of the tile again, from its visible keys alone, by one warp; lane i computes columns i, i + 32, ... */
+FA_INLINE void repair_row(const fa_forward_args *args, const work *t, int row_of_tile) {
   const fa_arg_problem *p = &args->problem;
   int lane = laneid();
-  fa_tile tile = {t->b, t->h, 0, 0, 0, 0, 0, 0, 0, 0};
+  row_place place = place_of_row(p, t, row_of_tile);
+  int row = place.position;
+  fa_tile tile = {t->b, place.h, 0, 0, 0, 0, 0, 0, 0, 0};
   fa_read_lengths(p, &tile);
   fa_score_head head = fa_score_of_head(p, &tile);
-  const char *q_gmem = fa_head_base(&args->q, 2, t->b, t->h, tile.q_start + row);
+  fa_philox_key key = {{0, 0}};
+  if (DROPOUT) key = fa_dropout_key_of(p);
+  const char *q_gmem = fa_head_base(&args->q, 2, t->b, place.h, tile.q_start + row);
   const char *k_gmem = fa_head_base(&args->k, 2, t->b, t->h / p->group, tile.k_start);
   const char *v_gmem = fa_head_base(&args->v, 2, t->b, t->h / p->group, tile.k_start);
-  char *out_gmem = fa_head_base(&args->out, 2, t->b, t->h, tile.q_start + row);
-  float lse = *(volatile const float *)fa_head_base(&args->lse, 4, t->b, t->h, tile.q_start + row); /* this warp wrote it */
+  char *out_gmem = out_of_head(args, t, place.h) + row * out_stride(args);
+  float lse = ((volatile const float *)lse_of_head(args, t, place.h))[row * lse_stride(args)]; /* this warp wrote it */
   int lo = fa_row_lo(p->rule, tile.len_q, tile.len_k, row), hi = fa_row_hi(p->rule, tile.len_q, tile.len_k, row);
+  if (is_partial(args)) lo = fa_max(lo, t->first * BLOCK_N), hi = fa_min(hi, (t->last + 1) * BLOCK_N);
   float o[(DIM_V + 31) / 32] = {0};
 #pragma unroll 1
   for (int j0 = lo & ~31; j0 < hi; j0 += 32) {
@@ -94,6 +139,10 @@ FA_INLINE void repair_row(const fa_forward_args *args, const work *t, int row) {
       float score = fa_score_at(p, &head, product, row, j);
       seen = score != MINUS_INFINITY;
       weight = ex2_approx((score - lse) * LOG2E);
+      if (DROPOUT) {
+        seen = seen && !fa_is_dropped(p, key, t->b, place.h, row, j);
+        weight *= (float)p->keep_scale;
+      }
     }
     for (unsigned left = __ballot_sync(0xFFFFFFFFu, seen); left; left &= left - 1) {
       int from = __ffs(left) - 1;
@@ -107,10 +156,15 @@ FA_INLINE void repair_row(const fa_forward_args *args, const work *t, int row) {
   }
 #pragma unroll
   for (int i = 0; i < (DIM_V + 31) / 32; i++)
-    if (lane + 32 * i < p->dim_v) fa_store_element(out_gmem + (lane + 32 * i) * 2, o[i]);
+    if (lane + 32 * i < p->dim_v) {
+      if (is_partial(args))
+        ((float *)out_gmem)[lane + 32 * i] = o[i];
+      else
+        fa_store_element(out_gmem + (lane + 32 * i) * 2, o[i]);
+    }
 }
 
-/* The warp's rows from row0 on whose bits are set. */
+/* The rows of the warp whose first is row0 of the tile, and whose bits are set. */
 FA_INLINE void repair_rows(const fa_forward_args *args, const work *t, int row0, unsigned rows) {
   forget_origin(args); /* or what can be computed ahead of the main loop is, and takes registers there */
   __syncwarp();        /* the rows below were written by other lanes, and so was their lse */

@@ -57,6 +57,15 @@ FA_INLINE void cp_async_bulk_tensor_load(uint32_t dst_smem, const fa_tma_map *ma
       : "memory");
 }
 
+/* The same of a tensor of rank 5. */
+FA_INLINE void cp_async_bulk_tensor_load_5d(uint32_t dst_smem, const fa_tma_map *map, uint32_t bar_smem, int c0, int c1, int c2, int c3,
+                                            int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(dst_smem),
+      "l"(map), "r"(bar_smem), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
+}
+
 /* 8 bytes to global memory. */
 FA_INLINE void st_global_v2(void *dst_gmem, uint32_t r0, uint32_t r1) {
   asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(dst_gmem), "r"(r0), "r"(r1) : "memory");

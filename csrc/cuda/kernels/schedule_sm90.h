@@ -14,10 +14,11 @@
 #include "args.h"
 
 typedef struct {
-  int heads;        /* heads_q times batch entries; packed: heads_q */
+  int heads;        /* heads_q (a group packed into one tile: heads_k) times batch entries; packed: batch 1 */
   int tiles;        /* query tiles of a head; packed: upper bound over all sequences */
   int section;      /* heads that share the L2 cache at a time */
-  int total;        /* heads * tiles */
+  int splits;       /* parts into which the keys of every tile are cut; they come one after the other */
+  int total;        /* heads * tiles * splits */
   float scale_log2; /* not of the order, but known to the host alone: scale * log2(e), so that no thread converts it from double */
   int *next;        /* counts the tiles taken beyond the first of each CTA, from 0; absent: CTA i takes i, i + grid, ... */
 } fa_schedule;

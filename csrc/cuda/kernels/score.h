@@ -97,11 +97,8 @@ FA_INLINE void fa_mask_row(float s[][4], int count, int r, const fa_arg_problem 
   }
 }
 
-/* Products of the rows `row` and row + 8 of the sequence become scores, in natural units; elements as above. cap_slope, if not 0, receives
- * d(cap(x))/dx. One loop a feature, since all but one or two are absent. Pairs outside the sequence have no bias or mask to read, and are
- * masked later. */
-FA_INLINE void fa_change_scores(float s[][4], float cap_slope[][4], int count, const fa_arg_problem *p, const fa_score_head *head,
-                                int len_q, int len_k, int row, int column) {
+/* Scale and softcap of products, two rows. cap_slope, if not 0, receives d(cap(x))/dx. */
+FA_INLINE void fa_cap_scores(float s[][4], float cap_slope[][4], int count, const fa_score_head *head) {
 #pragma unroll
   for (int n = 0; n < count; n++)
 #pragma unroll
@@ -120,19 +117,30 @@ FA_INLINE void fa_change_scores(float s[][4], float cap_slope[][4], int count, c
         if (cap_slope) cap_slope[n][e] = 1.0f - capped * capped;
       }
   }
+}
+
+/* ALiBi, bias and mask on row r of the fragments, which is row `row` of the sequence. One loop a feature, since all but one or two are absent. Pairs
+ * outside the sequence have no bias or mask to read, and are masked later. */
+FA_INLINE void fa_shift_row(float s[][4], int count, int r, const fa_arg_problem *p, const fa_score_head *head, int len_q, int len_k,
+                            int row, int column) {
+  int inside = row < len_q ? len_k - column : 0;
+  if (head->slope != 0.0f) {
+    float distance = (float)(row + head->off - column);
 #pragma unroll
-  for (int r = 0; r < 2; r++) {
-    int i = row + 8 * r, inside = i < len_q ? len_k - column : 0;
-    if (head->slope != 0.0f) {
-      float distance = (float)(i + head->off - column);
+    for (int n = 0; n < count; n++)
 #pragma unroll
-      for (int n = 0; n < count; n++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) s[n][2 * r + e] -= head->slope * fabsf(distance - (float)(8 * n + e));
-    }
-    if (head->bias) fa_add_bias_row(s, count, r, p, head, i, column, inside);
-    if (head->mask) fa_mask_row(s, count, r, p, head, i, column, inside);
+      for (int e = 0; e < 2; e++) s[n][2 * r + e] -= head->slope * fabsf(distance - (float)(8 * n + e));
   }
+  if (head->bias) fa_add_bias_row(s, count, r, p, head, row, column, inside);
+  if (head->mask) fa_mask_row(s, count, r, p, head, row, column, inside);
+}
+
+/* Products of the rows `row` and row + 8 of the sequence become scores, in natural units; elements as above. */
+FA_INLINE void fa_change_scores(float s[][4], float cap_slope[][4], int count, const fa_arg_problem *p, const fa_score_head *head,
+                                int len_q, int len_k, int row, int column) {
+  fa_cap_scores(s, cap_slope, count, head);
+#pragma unroll
+  for (int r = 0; r < 2; r++) fa_shift_row(s, count, r, p, head, len_q, len_k, row + 8 * r, column);
 }
 
 /* ---- dropout ---- */
@@ -152,18 +160,23 @@ FA_INLINE int fa_is_dropped(const fa_arg_problem *p, fa_philox_key key, int b, i
   return (j & 1 ? odd : even) < p->dropout_threshold;
 }
 
-/* The random words of the four elements of an accumulator fragment whose row g is row `row` of the sequence (so its other row is row + 8) and
- * whose first column is key `column`, a multiple of 8. One Philox block has four columns of one row, and a lane holds two columns of two
- * rows: so even lanes draw for row g, odd lanes for row g + 8, and neighbours swap halves. All lanes take part. */
-FA_INLINE void fa_fragment_words(fa_philox_key key, int b, int h, int row, int column, uint32_t word[4]) {
+/* The random words of the four elements of an accumulator fragment whose first column is key `column`, a multiple of 8. One Philox block has four
+ * columns of one row, and a lane holds two columns of two rows: so even lanes draw for the first row, odd lanes for the second, and neighbours swap
+ * halves. (h, row) is the head and the row that this lane draws for. All lanes take part. */
+FA_INLINE void fa_words_of_rows(fa_philox_key key, int b, int h, int row, int column, uint32_t word[4]) {
   int lane = threadIdx.x % 32, odd = lane & 1, quad_half = (lane >> 1) & 1;
-  fa_philox_block block = fa_dropout_words(key, b, h, row + 8 * odd, (column >> 2) + quad_half);
+  fa_philox_block block = fa_dropout_words(key, b, h, row, (column >> 2) + quad_half);
   uint32_t other0 = __shfl_xor_sync(0xFFFFFFFFu, odd ? block.word[0] : block.word[2], 1);
   uint32_t other1 = __shfl_xor_sync(0xFFFFFFFFu, odd ? block.word[1] : block.word[3], 1);
   word[0] = odd ? other0 : block.word[0];
   word[1] = odd ? other1 : block.word[1];
   word[2] = odd ? block.word[2] : other0;
   word[3] = odd ? block.word[3] : other1;
+}
+
+/* The same where the fragment's row g is row `row` of the sequence of head h, and its other row is row + 8. */
+FA_INLINE void fa_fragment_words(fa_philox_key key, int b, int h, int row, int column, uint32_t word[4]) {
+  fa_words_of_rows(key, b, h, row + 8 * (int)(threadIdx.x & 1), column, word);
 }
 
 #endif

@@ -1,6 +1,6 @@
 /* scores_sm90.h: from the products of one key block to weights, on the accumulators of a warpgroup.
  *
- * Expects BLOCK_N, MASKING, SCORE.
+ * Expects BLOCK_N, MASKING, SCORE, DROPOUT.
  */
 #ifndef FA_SCORES_SM90_H
 #define FA_SCORES_SM90_H
@@ -10,36 +10,59 @@
 #include "work_sm90.h"
 
 #define S_FRAGS (BLOCK_N / 8)
+#define KEPT_WORDS ((S_FRAGS + 7) / 8)
+#define SCORE_AND_BIAS 2 /* of SCORE: there is a bias or a mask */
 
 /* What masks and scores depend on. Where they are needed the tile is read again, rather than kept in registers through the loop. */
 typedef struct {
   const fa_arg_problem *problem;
   uint32_t tile_smem;
-  int warp_row; /* first row of the warp within the tile */
-  int n0;       /* first key of the block */
+  int warp_row;      /* first row of the warp within the tile */
+  int n0;            /* first key of the block */
+  fa_philox_key key; /* DROPOUT */
 } block_place;
 
-/* Scale, softcap, ALiBi. */
+/* Scale, softcap, ALiBi; bias and mask. */
 FA_INLINE void change_scores(float s[S_FRAGS][4], const block_place *at) {
-  work t = receive_work(at->problem, at->tile_smem);
-  fa_tile tile = {t.b, t.h, 0, 0, 0, 0, t.len_q, t.len_k, 0, 0};
-  fa_score_head head = fa_score_of_head(at->problem, &tile);
+  const fa_arg_problem *p = at->problem;
+  work t = receive_work(p, at->tile_smem);
   int lane = laneid(), column = at->n0 + 2 * (lane & 3);
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    row_place row = place_of_row(p, &t, at->warp_row + (lane >> 2) + 8 * r);
+    fa_tile tile = {t.b, row.h, 0, 0, 0, 0, t.len_q, t.len_k, 0, 0};
+    fa_score_head head = fa_score_of_head(p, &tile);
+    if (SCORE != SCORE_AND_BIAS) head.bias = head.mask = 0;
+    if (r == 0) fa_cap_scores(s, 0, S_FRAGS, &head); /* the same for all heads */
+    fa_shift_row(s, S_FRAGS, r, p, &head, row.used ? t.len_q : 0, t.len_k, row.position, column);
+  }
+}
+
+/* One bit for each weight of the block that dropout lets this lane keep, four for each fragment. Needs no score: drawn while the products run. */
+FA_INLINE void draw_kept(uint32_t kept[KEPT_WORDS], const block_place *at) {
+  const fa_arg_problem *p = at->problem;
+  work t = receive_work(p, at->tile_smem);
+  int lane = laneid();
+  row_place row = place_of_row(p, &t, at->warp_row + (lane >> 2) + 8 * (lane & 1));
+#pragma unroll
+  for (int i = 0; i < KEPT_WORDS; i++) {
+    kept[i] = 0;
+#pragma unroll 2
+    for (int n = 0; n < fa_min(8, S_FRAGS - 8 * i); n++) {
+      uint32_t word[4];
+      fa_words_of_rows(at->key, t.b, row.h, row.position, at->n0 + 8 * (8 * i + n), word);
+#pragma unroll
+      for (int e = 0; e < 4; e++) kept[i] |= (uint32_t)(word[e] >= p->dropout_threshold) << (4 * n + e);
+    }
+  }
+}
+
+FA_INLINE void drop_weights(float s[S_FRAGS][4], const uint32_t kept[KEPT_WORDS]) {
 #pragma unroll
   for (int n = 0; n < S_FRAGS; n++)
 #pragma unroll
-    for (int e = 0; e < 4; e++) s[n][e] = fa_cap(&head, s[n][e]);
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-    int row = t.m0 + at->warp_row + (lane >> 2) + 8 * r;
-    if (head.slope != 0.0f) {
-      float distance = (float)(row + head.off - column);
-#pragma unroll
-      for (int n = 0; n < S_FRAGS; n++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) s[n][2 * r + e] -= head.slope * fabsf(distance - (float)(8 * n + e));
-    }
-  }
+    for (int e = 0; e < 4; e++)
+      if (!(kept[n / 8] >> (n % 8 * 4 + e) & 1)) s[n][e] = 0.0f;
 }
 
 /* Scores outside the rows' intervals of keys become -infinity. */
@@ -49,7 +72,7 @@ FA_INLINE void mask_scores(float s[S_FRAGS][4], const block_place *at) {
   int lane = laneid(), column = at->n0 + 2 * (lane & 3);
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    int row = t.m0 + at->warp_row + (lane >> 2) + 8 * r;
+    int row = place_of_row(p, &t, at->warp_row + (lane >> 2) + 8 * r).position;
     int hi = (MASKING ? fa_row_hi(p->rule, t.len_q, t.len_k, row) : t.len_k) - column;
 #pragma unroll
     for (int n = 0; n < S_FRAGS; n++)
