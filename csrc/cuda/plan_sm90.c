@@ -21,7 +21,8 @@ enum {
   CHUNK = 64,             /* columns of a swizzled row of 128 bytes */
   SECTION_KIB = 32 << 10, /* keys and values that a section of heads may keep in the L2 cache */
   TILE_SLOTS = 4,
-  MAX_PACK_LOG2 = 6, /* a warpgroup's rows hold at least one position */
+  SHIFT_BYTES = 4096, /* of a warp */
+  MAX_PACK_LOG2 = 6,  /* a warpgroup's rows hold at least one position */
   MAX_SPLITS = 128,
   /* In units of one key block's time: what a tile takes besides its blocks, and what combining the parts of split keys takes. */
   TILE_COST = 3,
@@ -32,7 +33,7 @@ enum {
 enum { PLAIN, SCORES, BIAS_OR_DROPOUT };
 
 /* The constant SCORE. */
-enum { NO_SCORE, SCORE, SCORE_AND_BIAS };
+enum { NO_SCORE, SCORE, SCORE_AND_BIAS, SCORE_AND_TILES };
 
 static int fits(int wanted, int is) { return wanted == ANY || wanted == is; }
 static int chunks(int dim) { return (dim + CHUNK - 1) / CHUNK; }
@@ -45,26 +46,35 @@ static int has_masking(const fa_problem *p) {
 
 static int has_varlen(const fa_problem *p) { return p->lengths.packed || p->lengths.used_q.data || p->lengths.used_k.data; }
 
+static int has_blocks(const fa_problem *p) { return p->visibility.block_mask.data != NULL; }
+
+/* Rows of a bias or mask can be copied in chunks of 16 bytes. */
+static int has_chunks(const fa_grid *g, int size) {
+  return g->n == 1 && g->b * size % 16 == 0 && g->h * size % 16 == 0 && g->m * size % 16 == 0 && (uintptr_t)g->data % 16 == 0;
+}
+
 static int score_of(const fa_problem *p) {
-  if (p->score.bias.data || p->visibility.mask.data) return SCORE_AND_BIAS;
+  const fa_grid *bias = &p->score.bias, *mask = &p->visibility.mask;
+  if (bias->data && !mask->data && bias->dtype == p->dtype && !has_blocks(p) && has_chunks(bias, 2)) return SCORE_AND_TILES;
+  if (mask->data && !bias->data && !has_blocks(p) && has_chunks(mask, 1)) return SCORE_AND_TILES;
+  if (bias->data || mask->data) return SCORE_AND_BIAS;
   return fa_changes_scores(p) ? SCORE : NO_SCORE;
 }
 
 static int features_of(const fa_problem *p) {
-  if (score_of(p) == SCORE_AND_BIAS || p->dropout.p > 0) return BIAS_OR_DROPOUT;
+  if (score_of(p) >= SCORE_AND_BIAS || p->dropout.p > 0) return BIAS_OR_DROPOUT;
   return score_of(p) == SCORE ? SCORES : PLAIN;
 }
 
 /* As laid out at the head of fwd_sm90.cu. */
-static int smem_of(const tile_row *t) {
+static int smem_of(const fa_problem *p, const tile_row *t) {
   int slab = QUERY_ROWS * 128 * chunks(t->dim_qk);
   int ring = t->stages * t->block_n * 128 * (chunks(t->dim_qk) + chunks(t->dim_v));
   int tiles = TILE_SLOTS * 48 + (t->stages + 1) / 2 * 8;
+  int shifts = score_of(p) == SCORE_AND_TILES ? 4 * t->warpgroups * SHIFT_BYTES : 0;
   int barriers = 2 * t->warpgroups * t->q_stages + 4 * t->stages + 2 * TILE_SLOTS;
-  return t->q_stages * t->warpgroups * slab + ring + tiles + 8 * barriers;
+  return t->q_stages * t->warpgroups * slab + ring + shifts + tiles + 8 * barriers;
 }
-
-static int has_blocks(const fa_problem *p) { return p->visibility.block_mask.data != NULL; }
 
 /* Every tile lies within one row of the block mask, every key block within one column. */
 static int divides_blocks(const fa_problem *p, const tile_row *t) {
@@ -80,7 +90,7 @@ static const tile_row *choose_row(const fa_problem *p, const fa_device_limits *l
     const tile_row *t = &tile_rows[i];
     if (p->dim_qk <= t->dim_qk && p->dim_v <= t->dim_v && fits(t->masking, has_masking(p)) && features_of(p) <= t->features &&
         fits(t->varlen, has_varlen(p)) && t->block == has_blocks(p) && divides_blocks(p, t) && p->seqlen_k >= t->keys &&
-        smem_of(t) <= limits->smem_per_block_optin)
+        smem_of(p, t) <= limits->smem_per_block_optin)
       return t;
   }
   return NULL;
@@ -179,7 +189,7 @@ const char *fa_plan_forward_sm90(const fa_problem *p, const fa_device_limits *li
     return "fwd_sm90: the query rows are too few to fill the GPU, and under a block_mask it cannot split the keys";
 
   int64_t all = tiles * heads * splits, grid = all < limits->sm_count ? all : limits->sm_count;
-  plan->main = (fa_planned_kernel){.kernel = "fwd_sm90", .grid = grid, .threads = 128 * (t->warpgroups + 1), .smem_bytes = smem_of(t)};
+  plan->main = (fa_planned_kernel){.kernel = "fwd_sm90", .grid = grid, .threads = 128 * (t->warpgroups + 1), .smem_bytes = smem_of(p, t)};
   plan->block_m = QUERY_ROWS * t->warpgroups;
   plan->block_n = t->block_n;
   plan->stages = t->stages;
@@ -198,10 +208,11 @@ int fa_plan_is_sm90(const fa_forward_plan *plan) { return plan->main.kernel && s
 
 fa_schedule fa_schedule_sm90(const fa_problem *p, const fa_forward_plan *plan) {
   int heads = (plan->pack_log2 ? p->heads_k : p->heads_q) * (p->lengths.packed ? 1 : p->batch);
-  int64_t section = plan->pack_log2 ? 1 : p->group;
+  int64_t section = 1;
   if (is_uneven(p)) { /* tiles of unequal length: heads side by side, so that each starts with its longest */
-    int64_t head_bytes = (int64_t)p->seqlen_k * (p->dim_qk + p->dim_v) * 2, fitting = ((int64_t)SECTION_KIB << 10) / head_bytes;
-    section *= fitting < 1 ? 1 : fitting;
+    int64_t sharing = plan->pack_log2 ? 1 : p->group, head_bytes = (int64_t)p->seqlen_k * (p->dim_qk + p->dim_v) * 2,
+            fitting = ((int64_t)SECTION_KIB << 10) / head_bytes;
+    section = sharing * (fitting < 1 ? 1 : fitting);
   }
   return (fa_schedule){
       .heads = heads,

@@ -22,6 +22,7 @@
  *   Q         Q_STAGES * WARPGROUPS * SLAB_BYTES   64 rows for each warpgroup
  *   K         STAGES * K_BYTES                     BLOCK_N rows
  *   V         STAGES * V_BYTES                     BLOCK_N rows
+ *   shifts    4096 for each consumer warp          bias or mask of a key block, SCORE 3 alone
  *   tiles     4 * 48                               what the producer tells of a tile, and 4 for each stage of K: its block (BLOCK_MASK)
  *   barriers  (2 * WARPGROUPS * Q_STAGES + 4 * STAGES + 8) * 8
  *
@@ -44,7 +45,7 @@
  *
  * Constants: DTYPE, HEAD_DIM, DIM_V, BLOCK_N, WARPGROUPS, STAGES, Q_STAGES; to measure what they are worth, PINGPONG, OVERLAP (0: S waits for O),
  * LAZY_RESCALE (0: O is multiplied every time); MASKING (1: causal or window), SCORE (1: softcap, ALiBi, or a scale that is not positive; 2: these, bias and
- * mask), DROPOUT, VARLEN (1: cu_seqlens or seqused), BLOCK_MASK (1: there is one, in multiples of BLOCK_M and BLOCK_N), FEW_ROWS (1: for few query
+ * mask; 3: as 2, bias or mask by way of shared memory), DROPOUT, VARLEN (1: cu_seqlens or seqused), BLOCK_MASK (1: there is one, in multiples of BLOCK_M and BLOCK_N), FEW_ROWS (1: for few query
  * rows against many keys: the keys of a tile may be split, and combine.cu puts the parts together; its rows may be those of several heads, work_sm90.h).
  */
 #define REAL float
@@ -71,7 +72,8 @@
 #define TILE_SLOTS 4
 #define K_OFFSET (Q_STAGES * WARPGROUPS * SLAB_BYTES)
 #define V_OFFSET (K_OFFSET + STAGES * K_BYTES)
-#define TILES_OFFSET (V_OFFSET + STAGES * V_BYTES)
+#define SHIFTS_OFFSET (V_OFFSET + STAGES * V_BYTES)
+#define TILES_OFFSET (SHIFTS_OFFSET + (SCORE == SCORE_AND_TILES ? 4 * WARPGROUPS * SHIFT_BYTES : 0))
 #define BLOCKS_OFFSET (TILES_OFFSET + TILE_SLOTS * WORK_BYTES)
 #define BARRIERS_OFFSET (BLOCKS_OFFSET + (STAGES + 1) / 2 * 8)
 
@@ -210,6 +212,7 @@ typedef struct {
   fa_philox_key key; /* DROPOUT */
 } place;
 
+FA_INLINE uint32_t shift_smem(const place *me) { return me->smem + SHIFTS_OFFSET + me->warp_row / 16 * SHIFT_BYTES; }
 FA_INLINE int args_zero(const place *me) { return me->args->problem.zero; }
 FA_INLINE int warpgroup(const place *me) { return me->warp_row / 64; }
 
@@ -326,7 +329,14 @@ FA_INLINE void first_step(const place *me, const part *own, int turn, int ring, 
   weighing w;
   await_k(me, ring);
   int n = block_of(me, own->last, ring);
-  const block_place at = {&me->args->problem, slot_smem(me->smem, turn), me->warp_row, n * BLOCK_N, me->key};
+  const block_place at = {&me->args->problem,
+                          slot_smem(me->smem, turn),
+                          me->warp_row,
+                          n * BLOCK_N,
+                          me->key,
+                          shift_smem(me),
+                          n > own->first ? (n - 1) * BLOCK_N : -1};
+  if (SCORE == SCORE_AND_TILES) fetch_shifts(at.problem, at.tile_smem, at.shift_smem, at.warp_row, at.n0);
   uint32_t q = q_start(me, turn), keys = k_start(me, ring);
   take_turn(me);
   issue_scores(s, q, keys);
@@ -351,7 +361,8 @@ FA_INLINE void step(const place *me, const part *own, int n, int turn, int ring,
   int last_use = n == own->first;
   await_k(me, ring);
   n = block_of(me, n, ring);
-  const block_place at = {&me->args->problem, slot_smem(me->smem, turn), me->warp_row, n * BLOCK_N, me->key};
+  const block_place at = {&me->args->problem, slot_smem(me->smem, turn),        me->warp_row, n * BLOCK_N, me->key,
+                          shift_smem(me),     last_use ? -1 : (n - 1) * BLOCK_N};
   await_v(me, ring - 1);
   uint32_t q = q_start(me, turn), keys = k_start(me, ring), values = v_start(me, ring - 1);
   take_turn(me);

@@ -5,21 +5,25 @@
 #ifndef FA_SCORES_SM90_H
 #define FA_SCORES_SM90_H
 
-#include "score.h"
+#include "shift_sm90.h"
 #include "softmax.h"
-#include "work_sm90.h"
 
 #define S_FRAGS (BLOCK_N / 8)
 #define KEPT_WORDS ((S_FRAGS + 7) / 8)
-#define SCORE_AND_BIAS 2 /* of SCORE: there is a bias or a mask */
+
+/* Values of SCORE from where on there is a bias or a mask: of any strides, element by element; one of the two, as shift_sm90.h wants it. */
+#define SCORE_AND_BIAS 2
+#define SCORE_AND_TILES 3
 
 /* What masks and scores depend on. Where they are needed the tile is read again, rather than kept in registers through the loop. */
 typedef struct {
   const fa_arg_problem *problem;
   uint32_t tile_smem;
-  int warp_row;      /* first row of the warp within the tile */
-  int n0;            /* first key of the block */
-  fa_philox_key key; /* DROPOUT */
+  int warp_row;        /* first row of the warp within the tile */
+  int n0;              /* first key of the block */
+  fa_philox_key key;   /* DROPOUT */
+  uint32_t shift_smem; /* SCORE_AND_TILES: the warp's place, */
+  int next_n0;         /* and the keys to fetch next; below 0: none */
 } block_place;
 
 /* Scale, softcap, ALiBi; bias and mask. */
@@ -35,6 +39,10 @@ FA_INLINE void change_scores(float s[S_FRAGS][4], const block_place *at) {
     if (SCORE != SCORE_AND_BIAS) head.bias = head.mask = 0;
     if (r == 0) fa_cap_scores(s, 0, S_FRAGS, &head); /* the same for all heads */
     fa_shift_row(s, S_FRAGS, r, p, &head, row.used ? t.len_q : 0, t.len_k, row.position, column);
+  }
+  if (SCORE == SCORE_AND_TILES) {
+    apply_shifts(s, p, at->shift_smem);
+    if (at->next_n0 >= 0) fetch_shifts(p, at->tile_smem, at->shift_smem, at->warp_row, at->next_n0);
   }
 }
 

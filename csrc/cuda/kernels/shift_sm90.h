@@ -34,8 +34,8 @@ FA_INLINE void fetch_shifts(const fa_arg_problem *p, uint32_t tile_smem, uint32_
   for (; row < rows; row += step) {
     row_place place = place_of_row(p, &t, warp_row + row);
     int bytes = place.used ? inside : 0;
-    cp_async_cg_16(fa_chunk_address(shift_smem, row, chunk, row_bytes), bytes ? gmem + (place.h * grid->h + place.position * grid->m) * size : gmem,
-                   bytes);
+    cp_async_cg_16(fa_chunk_address(shift_smem, row, chunk, row_bytes),
+                   bytes ? gmem + (place.h * grid->h + place.position * grid->m) * size : gmem, bytes);
   }
   cp_async_commit_group();
 }
