@@ -23,27 +23,33 @@ def torch_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def measure(dtype: str, dim: int, seqlen: int, rounds: int) -> dict:
-    """Rates count every byte of the cache once; those of the copy count what it reads and what it writes."""
+    """Rates count every byte of the cache once, as a sum of it reads them; those of a copy count what it reads and what it writes."""
     q = torch.randn(1, 1, HEADS_Q, dim).to(DTYPES[dtype])
     k, v = (torch.randn(1, seqlen, HEADS_K, dim).to(DTYPES[dtype]) for _ in range(2))
     source = torch.cat([k, v])
-    target = torch.empty_like(source)
-    calls = {"ours": lambda: attention(q, k, v), "torch": lambda: torch_sdpa(q, k, v), "copy": lambda: target.copy_(source)}
+    target, words = torch.empty_like(source), source.view(torch.int32)
+    calls = {
+        "ours": lambda: attention(q, k, v),
+        "torch": lambda: torch_sdpa(q, k, v),
+        "copy": lambda: target.copy_(source),
+        "read": words.max,
+    }
     with torch.no_grad():
         seconds = interleaved_medians(calls, "cpu", rounds)
     moved = source.numel() * source.element_size()
     rates = {name: (2 if name == "copy" else 1) * moved / s / 1e9 for name, s in seconds.items()}
     ratio = seconds["torch"] / seconds["ours"]
     return dict(dtype=dtype, dim=dim, seqlen=seqlen, microseconds=seconds["ours"] * 1e6, **rates, rival="torch", ratio=ratio,
-                copy_share=rates["ours"] / rates["copy"])  # fmt: skip
+                copy_share=rates["ours"] / rates["copy"], read_share=rates["ours"] / rates["read"])  # fmt: skip
 
 
 def run(options: argparse.Namespace, facts: dict) -> None:
     lengths = [4096, 32768] if options.quick or not options.full else [4096, 8192, 16384, 32768]
     cells = list(itertools.product(options.dtypes, options.dims, lengths))
     rows = [measure(*cell, options.rounds) for cell in tqdm(cells, desc="bench cpu, one query", unit="cell")]
-    columns = ["dtype", "dim", "seqlen", "microseconds", "ours", "torch", "copy", "ratio", "copy_share"]
-    titles = [{"ours": "ours GB/s", "torch": "torch GB/s", "copy": "copy GB/s", "copy_share": "share of copy"}.get(c, c) for c in columns]
+    rates = ["ours", "torch", "copy", "read"]
+    columns = ["dtype", "dim", "seqlen", "microseconds", *rates, "ratio", "copy_share", "read_share"]
+    titles = [f"{c} GB/s" if c in rates else c.replace("_share", " share") for c in columns]
     print(f"\nOne query, {HEADS_Q} query heads on {HEADS_K} key heads:")
     print_table(titles, [[row[c] for c in columns] for row in rows])
     print("wrote", save_json(options.out, "decode", facts, rows, unit="GB/s"))

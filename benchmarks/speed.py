@@ -1,6 +1,9 @@
 """Rates of attention, forward and backward, beside what a user would call instead: `bench.py cpu`, `fwd` and `bwd`.
 
 Every cell has the same number of tokens, so every cell takes the same memory and short sequences mean many of them.
+
+A weaker tier meets torch on its own terms with FLASH_ATTN_C_CPU=avx2 ATEN_CPU_CAPABILITY=avx2 in the environment, and
+MKL_ENABLE_INSTRUCTIONS=AVX2 for the matrix products that torch takes from MKL.
 """
 
 from __future__ import annotations

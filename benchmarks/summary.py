@@ -59,7 +59,8 @@ def host(result: dict, title: str) -> str:
 
 
 def one_query(result: dict, title: str) -> str:
-    columns = {"ours": "ours, GB/s", "torch": "torch, GB/s", "copy": "copy, GB/s"}
+    names = [name for name in ("ours", "torch", "copy", "read") if name in result["rows"][0]]
+    columns = {name: f"{name}, GB/s" for name in names}
     lines = [
         [f"{row['dtype']}, head dim {row['dim']}, {row['seqlen']:,} keys", *(f"{row[c]:.3g}" for c in columns), f"{row['ratio']:.2f}"]
         for row in result["rows"]

@@ -32,6 +32,7 @@ def machine(device: str) -> dict:
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "cpu_tier": json.loads(_C.describe())["cpu"]["tier"],
+        "torch_cpu": torch.backends.cpu.get_cpu_capability().lower(),
     }
     if device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
