@@ -15,6 +15,7 @@
 #include "../core/error.h"
 #include "amx_backward.h"
 #include "padding.h"
+#include "workspace.h"
 
 AMX_BEGIN
 
@@ -208,7 +209,7 @@ static fa_code run_passes(fa_job *job, fa_amx_backward_shared *shared, fa_error 
   fa_arena arena = {NULL, 0}, rows = {NULL, 0};
   carve_strips(shared, p, strips, &arena);
   carve_rows(p, &rows);
-  char *workspace = aligned_alloc(64, arena.used + 64);
+  char *workspace = fa_workspace_take(arena.used);
   if (!workspace) return fa_fail(error, FA_ERR_MEMORY, "cannot allocate %zu bytes of workspace", arena.used);
   arena = (fa_arena){workspace, 0};
   carve_strips(shared, p, strips, &arena);
@@ -219,7 +220,7 @@ static fa_code run_passes(fa_job *job, fa_amx_backward_shared *shared, fa_error 
   fa_code code = fa_job_run(job, rows.used, row_tasks, rows_task, error);
   if (code == FA_OK) code = fa_job_run(job, fa_amx_keys_scratch(p), (int64_t)p->batch * p->heads_k * shared->copies, keys_task, error);
   if (code == FA_OK && p->grad.dq.data) code = fa_job_run(job, rows.used, row_tasks, queries_task, error);
-  free(workspace);
+  fa_workspace_give(workspace);
   return code;
 }
 

@@ -12,6 +12,7 @@
 #include "amx_forward.h"
 #include "padding.h"
 #include "threads.h"
+#include "workspace.h"
 
 AMX_BEGIN
 
@@ -112,7 +113,7 @@ static fa_code run_passes(fa_job *job, fa_amx_forward_shared *shared, int longes
   fa_arena arena = {NULL, 0};
   int64_t blocks = 2 * fa_tile_count(&shared->index, p->batch);
   carve_keys(shared, blocks, &arena);
-  char *workspace = aligned_alloc(64, arena.used + 64);
+  char *workspace = fa_workspace_take(arena.used);
   if (!workspace) return fa_fail(error, FA_ERR_MEMORY, "cannot allocate %zu bytes of workspace", arena.used);
   arena = (fa_arena){workspace, 0};
   shared->keys = carve_keys(shared, blocks, &arena);
@@ -121,7 +122,7 @@ static fa_code run_passes(fa_job *job, fa_amx_forward_shared *shared, int longes
   fa_code code = fa_job_run(job, sizeof(fa_amx_rows), pack_tasks, pack_task, error);
   if (code == FA_OK)
     code = fa_job_run(job, fa_amx_queries_scratch(p, shared), (int64_t)p->batch * p->heads_q * job->tiles_m, queries_task, error);
-  free(workspace);
+  fa_workspace_give(workspace);
   return code;
 }
 

@@ -10,12 +10,12 @@
 #include "backward.h"
 
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "../core/error.h"
 #include "engine.h"
 #include "padding.h"
+#include "workspace.h"
 
 enum { MOST_ROW_BYTES = 96 << 10 };
 
@@ -146,7 +146,7 @@ fa_code fa_cpu_backward(const fa_problem *p, fa_error *error) {
   job.block_m = fa_backward_block_m(p);
   job.tiles_m = fa_ceil_div(p->seqlen_q, job.block_m);
   carve_shared(&shared, p, job.ops, &arena);
-  char *workspace = aligned_alloc(64, arena.used + 64);
+  char *workspace = fa_workspace_take(arena.used);
   if (!workspace) return fa_fail(error, FA_ERR_MEMORY, "cannot allocate %zu bytes of workspace", arena.used);
   arena = (fa_arena){workspace, 0};
   carve_shared(&shared, p, job.ops, &arena);
@@ -158,6 +158,6 @@ fa_code fa_cpu_backward(const fa_problem *p, fa_error *error) {
     fa_clear_slack(p, job.ops, &p->grad.dk, p->lengths.cu_k, p->total_k, p->heads_k, p->dim_qk);
     fa_clear_slack(p, job.ops, &p->grad.dv, p->lengths.cu_k, p->total_k, p->heads_k, p->dim_v);
   }
-  free(workspace);
+  fa_workspace_give(workspace);
   return code;
 }

@@ -1,10 +1,9 @@
 /* job.c: see job.h. */
 #include "job.h"
 
-#include <stdlib.h>
-
 #include "../core/error.h"
 #include "threads.h"
+#include "workspace.h"
 
 void *fa_take(fa_arena *arena, size_t bytes) {
   char *piece = arena->base ? arena->base + arena->used : NULL;
@@ -42,9 +41,9 @@ fa_code fa_job_run(fa_job *job, size_t scratch_bytes, int64_t tasks, void (*task
     job->scratch = NULL;
     return FA_OK;
   }
-  job->scratch = aligned_alloc(64, scratch_bytes * (size_t)workers);
+  job->scratch = fa_workspace_take(scratch_bytes * (size_t)workers);
   if (!job->scratch) return fa_fail(error, FA_ERR_MEMORY, "cannot allocate %zu bytes of scratch", scratch_bytes * (size_t)workers);
   fa_parallel(tasks, workers, task, job);
-  free(job->scratch);
+  fa_workspace_give(job->scratch);
   return FA_OK;
 }

@@ -10,6 +10,7 @@ int main(void) {
   test_pack();
   test_problem();
   test_threads();
+  test_workspace();
   printf("%d passed, %d failed\n", passed_count, failed_count);
   return failed_count != 0;
 }

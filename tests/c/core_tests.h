@@ -24,5 +24,6 @@ void test_numeric(void);
 void test_pack(void);
 void test_problem(void);
 void test_threads(void);
+void test_workspace(void);
 
 #endif
