@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+import ablation
 import accuracy
 import host
 import masks
@@ -25,6 +26,7 @@ COMMANDS = {
     "fwd": ("forward rates on this GPU, beside cuDNN's and others", lambda p: speed.add_options(p, "cuda"), speed.gpu_forward, "cuda"),
     "bwd": ("backward rates on this GPU, beside cuDNN's and others", lambda p: speed.add_options(p, "cuda"), speed.gpu_backward, "cuda"),
     "masks": ("forward rates of windows, block masks, packed sequences", masks.add_options, masks.run, "cuda"),
+    "ablation": ("what each technique of the Hopper kernel is worth", ablation.add_options, ablation.run, "cuda"),
     "readme": ("put the results into README.md", lambda p: None, summary.run, None),
 }
 

@@ -46,5 +46,8 @@ def ship_kernel(kernel: str, entry: str, constants: dict[str, int], arch: str, d
 def kernel_source(name: str | None = None, /) -> Any:
     """The text of an embedded kernel file (None where there is none), or all names."""
 
+def override_constants(constants: dict[str, int], /) -> None:
+    """Constants that kernels get from now on instead of the plan's, where they have one of that name; {} for none. For benchmarks."""
+
 def shipped_folder(directory: str, /) -> None:
     """Says where shipped kernels lie."""

@@ -209,6 +209,10 @@ class Host:
         code = self.lib.fa_store_get(device, c.byref(variant), c.byref(kernel), c.byref(error))
         return code, error.message.decode(), kernel.contents if code == OK else None
 
+    def override(self, **constants: int):
+        error, array = Error(), (Constant * max(1, len(constants)))(*[Constant(name.encode(), value) for name, value in constants.items()])
+        return self.lib.fa_store_override(array, len(constants), c.byref(error)), error.message.decode()
+
     def compile(self, variant: Variant, target: str):
         error, cubin, size, log = Error(), c.c_void_p(), c.c_size_t(), c.c_char_p()
         code = self.lib.fa_store_compile(c.byref(variant), target.encode(), c.byref(cubin), c.byref(size), c.byref(log), c.byref(error))

@@ -173,6 +173,21 @@ def test_where_the_cache_lies(store, tmp_path):
     assert only_file(tmp_path / "deep/down/here")
 
 
+def test_constants_of_a_benchmark_replace_those_of_the_plan(store):
+    script = """
+names = []
+for constants in {}, {"WIDTH": 3}, {"HEIGHT": 3}, {}:
+    assert host.override(**constants) == (0, "")
+    names.append(host.kernel(host.variant(WIDTH=1))[2].name.decode())
+print(*names)
+print(host.override(**{"X" * 32: 1})[1])
+"""
+    first, *others, refused = store(script).replace("\n", " ").split(" ", 4)
+    wide, unknown, last = others
+    assert "WIDTH=1" in first and "WIDTH=3" in wide and first == unknown == last
+    assert "longer than 31 characters" in refused
+
+
 def test_a_full_disk_is_said_once(store, libraries, cache):
     # A limit of zero on file size stands in for a full disk.
     out = store(

@@ -1,7 +1,7 @@
 /* launch_sm90.c: tensor maps, the queue's counter, and the launch of fwd_sm90. */
 #include "plan_sm90.h"
 
-enum { MAP_COLUMNS = 64, QUERY_ROWS = 64 };
+enum { MAP_COLUMNS = 64, QUERY_ROWS = 64, OUT_ROWS = 16 };
 
 /* (dim, position, head, batch) in boxes of 64 columns by `rows` positions. Dimensions of one element may have any stride: it is not used. */
 static fa_code map_view(const fa_view *view, fa_dtype dtype, int dim, int64_t positions, int heads, int batch, int rows, fa_tensor_map *map,
@@ -39,13 +39,14 @@ static fa_code map_groups(const fa_problem *p, int pack_log2, int64_t positions,
   return fa_driver_tensor_map(&shape, map, error);
 }
 
-static fa_code map_all(const fa_problem *p, const fa_forward_plan *plan, fa_tensor_map map[3], fa_error *error) {
+static fa_code map_all(const fa_problem *p, const fa_forward_plan *plan, fa_tensor_map map[4], fa_error *error) {
   int packed = p->lengths.packed, batch = packed ? 1 : p->batch, block_n = plan->block_n;
   int64_t rows_q = packed ? p->total_q : p->seqlen_q, rows_k = packed ? p->total_k : p->seqlen_k;
   fa_code code = fa_plan_has_few_rows(plan) ? map_groups(p, plan->pack_log2, rows_q, batch, &map[0], error)
                                             : map_view(&p->q, p->dtype, p->dim_qk, rows_q, p->heads_q, batch, QUERY_ROWS, &map[0], error);
   if (code == FA_OK) code = map_view(&p->k, p->dtype, p->dim_qk, rows_k, p->heads_k, batch, block_n, &map[1], error);
   if (code == FA_OK) code = map_view(&p->v, p->dtype, p->dim_v, rows_k, p->heads_k, batch, block_n, &map[2], error);
+  if (code == FA_OK) code = map_view(&p->out, p->dtype, p->dim_v, rows_q, p->heads_q, batch, OUT_ROWS, &map[3], error);
   return code;
 }
 
@@ -55,14 +56,14 @@ fa_code fa_launch_forward_sm90(const fa_problem *p, const fa_forward_plan *plan,
   const fa_variant variant = {planned->kernel, planned->kernel, planned->constant_count, planned->constants, planned->smem_bytes};
   fa_schedule schedule = fa_schedule_sm90(p, plan);
   const fa_kernel *kernel;
-  fa_tensor_map map[3];
+  fa_tensor_map map[4];
   if (planned->grid == 0) return FA_OK;
   fa_code code = fa_store_get(p->device_index, &variant, &kernel, error);
   if (code == FA_OK) code = map_all(p, plan, map, error);
   arguments->problem.pack_log2 = plan->pack_log2;
   if (code == FA_OK && plan->queue_bytes) {
     schedule.next = (int *)(void *)(workspace + plan->workspace_bytes - plan->queue_bytes);
-    code = fa_driver_memset(p->device_index, workspace, 0, sizeof *schedule.next, stream, error);
+    code = fa_driver_memset(p->device_index, schedule.next, 0, sizeof *schedule.next, stream, error);
   }
   if (code != FA_OK) return code;
   const fa_launch_shape shape = {
@@ -71,6 +72,6 @@ fa_code fa_launch_forward_sm90(const fa_problem *p, const fa_forward_plan *plan,
       .smem_bytes = (unsigned)planned->smem_bytes,
       .stream = stream,
   };
-  void *parameters[] = {arguments, &schedule, &map[0], &map[1], &map[2]};
+  void *parameters[] = {arguments, &schedule, &map[0], &map[1], &map[2], &map[3]};
   return fa_driver_launch(kernel, &shape, parameters, error);
 }

@@ -5,12 +5,12 @@
 #include <string.h>
 
 typedef struct {
-  int dim_qk, dim_v, masking, features, varlen, block, keys, warpgroups, block_n, stages, q_stages, turns;
+  int dim_qk, dim_v, masking, features, varlen, block, keys, tiles, warpgroups, block_n, stages, q_stages, turns;
 } tile_row;
 
 static const tile_row tile_rows[] = {
-#define FA_SM90_TILE(qk, v, masking, features, varlen, block, keys, wg, n, kv, q, turns) \
-  {qk, v, masking, features, varlen, block, keys, wg, n, kv, q, turns},
+#define FA_SM90_TILE(qk, v, masking, features, varlen, block, keys, tiles, wg, n, kv, q, turns) \
+  {qk, v, masking, features, varlen, block, keys, tiles, wg, n, kv, q, turns},
 #include "tiles_sm90.def"
 #undef FA_SM90_TILE
 };
@@ -85,12 +85,16 @@ static int divides_blocks(const fa_problem *p, const tile_row *t) {
 /* Tiles are of unequal length. */
 static int is_uneven(const fa_problem *p) { return has_masking(p) || has_varlen(p) || has_blocks(p); }
 
+static int64_t tiles_in_all(const fa_problem *p, const tile_row *t) {
+  return fa_sequence_tiles(p, p->total_q, p->seqlen_q, QUERY_ROWS * t->warpgroups) * p->heads_q * (p->lengths.packed ? 1 : p->batch);
+}
+
 static const tile_row *choose_row(const fa_problem *p, const fa_device_limits *limits) {
   for (size_t i = 0; i < sizeof tile_rows / sizeof *tile_rows; i++) {
     const tile_row *t = &tile_rows[i];
     if (p->dim_qk <= t->dim_qk && p->dim_v <= t->dim_v && fits(t->masking, has_masking(p)) && features_of(p) <= t->features &&
         fits(t->varlen, has_varlen(p)) && t->block == has_blocks(p) && divides_blocks(p, t) && p->seqlen_k >= t->keys &&
-        smem_of(p, t) <= limits->smem_per_block_optin)
+        tiles_in_all(p, t) >= (int64_t)t->tiles * limits->sm_count && smem_of(p, t) <= limits->smem_per_block_optin)
       return t;
   }
   return NULL;
@@ -152,25 +156,22 @@ static int choose_splits(const fa_problem *p, const fa_device_limits *limits, co
   return chosen;
 }
 
+/* O leaves through the slab of Q: where another stage takes the next Q meanwhile, and a tile's rows end where the tensor does. */
+static int sends_output(const fa_problem *p, const fa_forward_plan *plan, const tile_row *t) {
+  return t->q_stages > 1 && !has_varlen(p) && !fa_plan_has_few_rows(plan) && chunks(t->dim_v) <= chunks(t->dim_qk);
+}
+
 static void add_constants(fa_planned_kernel *k, const fa_problem *p, const fa_forward_plan *plan, const tile_row *t) {
   const fa_constant constants[] = {
-      {"DTYPE", (int)p->dtype},
-      {"HEAD_DIM", t->dim_qk},
-      {"DIM_V", t->dim_v},
-      {"BLOCK_N", t->block_n},
-      {"WARPGROUPS", t->warpgroups},
-      {"STAGES", t->stages},
-      {"Q_STAGES", t->q_stages},
-      {"PINGPONG", t->turns},
-      {"OVERLAP", 1},
-
-      {"LAZY_RESCALE", 1},
-      {"MASKING", has_masking(p)},
-      {"SCORE", score_of(p)},
-      {"VARLEN", has_varlen(p)},
-      {"BLOCK_MASK", has_blocks(p)},
-      {"DROPOUT", p->dropout.p > 0},
-      {"FEW_ROWS", fa_plan_has_few_rows(plan)},
+      {"DTYPE", (int)p->dtype},      {"HEAD_DIM", t->dim_qk},
+      {"DIM_V", t->dim_v},           {"BLOCK_N", t->block_n},
+      {"WARPGROUPS", t->warpgroups}, {"STAGES", t->stages},
+      {"Q_STAGES", t->q_stages},     {"TMA_STORE", sends_output(p, plan, t)},
+      {"PINGPONG", t->turns},        {"OVERLAP", 1},
+      {"LAZY_RESCALE", 1},           {"QUEUE", 1},
+      {"MASKING", has_masking(p)},   {"SCORE", score_of(p)},
+      {"VARLEN", has_varlen(p)},     {"BLOCK_MASK", has_blocks(p)},
+      {"DROPOUT", p->dropout.p > 0}, {"FEW_ROWS", fa_plan_has_few_rows(plan)},
   };
   for (size_t i = 0; i < sizeof constants / sizeof *constants; i++) fa_add_constant(k, constants[i].name, constants[i].value);
 }

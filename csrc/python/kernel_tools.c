@@ -7,6 +7,7 @@
 
 #include "../cuda/store/key.h"
 #include "../cuda/store/nvrtc.h"
+#include "../cuda/store/override.h"
 #include "../cuda/store/sources.h"
 #include "../cuda/store/store.h"
 
@@ -124,6 +125,19 @@ PyObject *fa_py_kernel_source(PyObject *module, PyObject *const *args, Py_ssize_
     }
   }
   if (names) return names;
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+
+/* override_constants(constants): what the engine's kernels get from now on instead of what the plan says */
+PyObject *fa_py_override_constants(PyObject *module, PyObject *const *args, Py_ssize_t count) {
+  (void)module;
+  tool_request request = {0};
+  fa_error error = {0};
+  if (count != 1) return PyErr_Format(PyExc_TypeError, "override_constants: 1 argument needed (constants), %zd given", count);
+  if (!parse_constants(args[0], &request)) return NULL;
+  const fa_code code = fa_store_override(request.constants, request.variant.constant_count, &error);
+  if (code) return raise_with_log(code, &error, NULL);
   Py_INCREF(Py_None);
   return Py_None;
 }

@@ -7,6 +7,7 @@
 PyObject *fa_py_compile_kernel(PyObject *module, PyObject *const *args, Py_ssize_t count);
 PyObject *fa_py_ship_kernel(PyObject *module, PyObject *const *args, Py_ssize_t count);
 PyObject *fa_py_kernel_source(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *fa_py_override_constants(PyObject *module, PyObject *const *args, Py_ssize_t count);
 PyObject *fa_py_shipped_folder(PyObject *module, PyObject *const *args, Py_ssize_t count);
 
 /* Tells the search for NVRTC where packages are installed: the entries of sys.path. Opens no file, never fails. */

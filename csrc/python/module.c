@@ -210,6 +210,8 @@ static PyMethodDef methods[] = {
      "ship_kernel(kernel, entry, constants, arch, directory, /)\n--\n\nCompiles a kernel into a folder of shipped ones: (file, log)."},
     {"kernel_source", (PyCFunction)(void (*)(void))fa_py_kernel_source, METH_FASTCALL,
      "kernel_source(name=None, /)\n--\n\nThe text of an embedded kernel file, or all names."},
+    {"override_constants", (PyCFunction)(void (*)(void))fa_py_override_constants, METH_FASTCALL,
+     "override_constants(constants, /)\n--\n\nConstants that kernels get from now on instead of the plan's; {} for none. For benchmarks."},
     {"shipped_folder", (PyCFunction)(void (*)(void))fa_py_shipped_folder, METH_FASTCALL,
      "shipped_folder(directory, /)\n--\n\nWhere shipped kernels lie."},
     {NULL, NULL, 0, NULL},

@@ -18,7 +18,7 @@
 #include "cuda/engine.h"
 #include "cuda/store/store.h"
 
-enum { MOST_THREADS = 512, STACK_BYTES = 256 << 10, LANES = 32, WORDS = 12 };
+enum { MOST_THREADS = 640, STACK_BYTES = 256 << 10, LANES = 32, WORDS = 12 };
 enum { MEET_SHUFFLE = 1, MEET_BALLOT, MEET_LDMATRIX, MEET_LDMATRIX_TRANS, MEET_MMA_F16, MEET_MMA_BF16, MEET_MMA_TF32, MEET_SYNC };
 
 typedef struct {

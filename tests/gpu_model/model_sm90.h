@@ -118,6 +118,28 @@ static inline void cp_async_bulk_tensor_load_5d(uint32_t dst, const fa_tma_map *
   model_load(dst, map, bar, 5, c0, c1, c2, c3, c4);
 }
 static inline void prefetch_tensormap(const fa_tma_map *) {}
+static inline void cp_async_bulk_tensor_store(const fa_tma_map *map, uint32_t src, int c0, int c1, int c2, int c3) {
+  const model_map *m = (const model_map *)map;
+  int c[5] = {c0, c1, c2, c3, 0};
+  for (uint32_t row = 0; row < m->box[1]; row++)
+    for (uint32_t column = 0; column < m->box[0]; column++) {
+      char *to = model_element(m, c, (int)column, (int)row);
+      if (to) memcpy(to, shared + model_swizzle(src + row * 128 + column * 2), 2);
+    }
+}
+static inline void cp_async_bulk_commit_group() {}
+static inline void cp_async_bulk_wait_group_read() {}
+static inline void cp_async_bulk_wait_group() {}
+static inline void fence_proxy_async() {}
+static inline void stmatrix_x4(uint32_t row_smem, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+  const uint32_t r[4] = {r0, r1, r2, r3};
+  int lane = model_lane();
+  for (int i = 0; i < 4; i++) memcpy(shared + __shfl_sync(0xFFFFFFFFu, row_smem, 8 * i + lane / 4) + 4 * (lane % 4), &r[i], 4);
+}
+static inline void st_global_v4(void *dst, const uint32_t r[4]) {
+  if ((uintptr_t)dst % 16) abort();
+  memcpy(dst, r, 16);
+}
 static inline void st_global_v2(void *dst, uint32_t r0, uint32_t r1) {
   if ((uintptr_t)dst % 8) abort();
   memcpy(dst, &r0, 4), memcpy((char *)dst + 4, &r1, 4);

@@ -2,7 +2,7 @@
  *
  * One persistent CTA per SM. A producer warp fetches, WARPGROUPS consumer warpgroups compute 64 query rows each, BLOCK_M = 64 * WARPGROUPS in all.
  *
- *   warp 0                               warpgroup w = 0, 1 (, 2)
+ *   warp 0                               warpgroup w = 0, 1 (, 2, 3)
  *   takes a tile from the queue
  *   tile_full[4]  ---------------------->  reads it                                        tile_empty[4] back, once O is written
  *   K(last), Q of every warpgroup,         S = Q K(last)^T; softmax                        (first_step)
@@ -12,11 +12,14 @@
  *   k_empty[s], q_empty[w] <-------------    S done: mask, maxima, first part of the exponentials
  *   v_empty[s] <-------------------------    O done: the rest of them, P = S in 16 bits (registers, the operand a of the next product)
  *                                          O += P V(first), statistics meanwhile           (last_step)
- *                                          O / sum to global memory                        (leave)
+ *   q_empty[w] (TMA_STORE) <-------------    O / sum to global memory                        (leave)
  *
- * With PINGPONG the warpgroups issue their products in turns (named barriers 1, 2, 3), so that one computes exponentials while the tensor cores
+ * With PINGPONG the warpgroups issue their products in turns (named barriers 1, 2, ...), so that one computes exponentials while the tensor cores
  * work for another. Keys go from last to first: ragged and diagonal blocks come first, and only blocks that some row of the warpgroup sees in
  * part are masked element by element. A warpgroup that sees less than its CTA lets the surplus blocks pass.
+ *
+ * With TMA_STORE each warp puts its rows of O where its warpgroup's Q lay and has the TMA store them; that place is free for another Q once they are
+ * read, which is looked after when the next tile's first product runs. Two stages of Q make that late enough not to be waited for.
  *
  * Shared memory, bytes (every matrix in chunks of 64 columns = rows of 128 bytes, 128-byte swizzle, aligned to 1024):
  *   Q         Q_STAGES * WARPGROUPS * SLAB_BYTES   64 rows for each warpgroup
@@ -28,6 +31,7 @@
  *
  *     dims      warpgroups x block   Q          K and V     registers: S      P      O   of consumer   producer
  *      64       3 x 128               48 KB     64 KB                64     32     32      160          32
+ *      64       4 x 64                64 KB     48 KB                32     16     32      112          32
  *      64       3 x 112               48 KB     56 KB                56     28     32      152          56
  *      96       3 x 96                96 KB     96 KB                48     24     48      152          56
  *      96       2 x 128               64 KB    128 KB                64     32     48      232          40   (likewise below)
@@ -43,28 +47,31 @@
  * A weight of 0 times a value of infinity or NaN is NaN, though the pair was masked. Nothing in the loop guards against that: rows whose O is not
  * finite are computed again, one at a time, from their visible keys alone.
  *
- * Constants: DTYPE, HEAD_DIM, DIM_V, BLOCK_N, WARPGROUPS, STAGES, Q_STAGES; to measure what they are worth, PINGPONG, OVERLAP (0: S waits for O),
- * LAZY_RESCALE (0: O is multiplied every time); MASKING (1: causal or window), SCORE (1: softcap, ALiBi, or a scale that is not positive; 2: these, bias and
- * mask; 3: as 2, bias or mask by way of shared memory), DROPOUT, VARLEN (1: cu_seqlens or seqused), BLOCK_MASK (1: there is one, in multiples of BLOCK_M and BLOCK_N), FEW_ROWS (1: for few query
- * rows against many keys: the keys of a tile may be split, and combine.cu puts the parts together; its rows may be those of several heads, work_sm90.h).
+ * Constants: DTYPE, HEAD_DIM, DIM_V, BLOCK_N, WARPGROUPS, STAGES, Q_STAGES; TMA_STORE (needs two stages of Q, rows of a tile that end where the
+ * tensor does, and DIM_V up to HEAD_DIM); to measure what they are worth, PINGPONG, OVERLAP (0: S waits for O), LAZY_RESCALE (0: O is multiplied every
+ * time), QUEUE (0: tiles are dealt out); MASKING (1: causal or window), SCORE (1: softcap, ALiBi, or a scale that is not positive; 2: these, bias and
+ * mask; 3: as 2, bias or mask by way of shared memory), DROPOUT, VARLEN (1: cu_seqlens or seqused), BLOCK_MASK (1: there is one, in multiples of
+ * BLOCK_M and BLOCK_N), FEW_ROWS (1: for few query rows against many keys: the keys of a tile may be split, and combine.cu puts the parts together; its
+ * rows may be those of several heads, work_sm90.h).
  */
 #define REAL float
 #define ALIGNED 1
 #define BLOCK_M (64 * WARPGROUPS)
+#define SLAB_CHUNK_BYTES (64 * 128) /* 64 rows of Q, and of O on its way out */
 
 #include "output_sm90.h"
 #include "scores_sm90.h"
 
 #define THREADS (128 * (WARPGROUPS + 1))
 /* Each pair is all that the CTA has. */
-#define PRODUCER_REGISTERS (WARPGROUPS == 2 ? 40 : BLOCK_N <= 112 ? 56 : 32)
-#define CONSUMER_REGISTERS (WARPGROUPS == 2 ? 232 : BLOCK_N <= 112 ? 152 : 160)
+#define PRODUCER_REGISTERS (WARPGROUPS == 2 ? 40 : WARPGROUPS == 3 && BLOCK_N <= 112 ? 56 : 32)
+#define CONSUMER_REGISTERS (WARPGROUPS == 2 ? 232 : WARPGROUPS == 4 ? 112 : BLOCK_N <= 112 ? 152 : 160)
 
 #define QK_CHUNKS ((HEAD_DIM + 63) / 64)
 #define V_CHUNKS ((DIM_V + 63) / 64)
 #define K_BYTES (BLOCK_N * 128 * QK_CHUNKS)
 #define V_BYTES (BLOCK_N * 128 * V_CHUNKS)
-#define SLAB_BYTES (64 * 128 * QK_CHUNKS)
+#define SLAB_BYTES (SLAB_CHUNK_BYTES * QK_CHUNKS)
 
 /* Fragments of S that become weights before O is waited for: by then it is done, and the rest hides the packing of P. */
 #define WAIT_FRAGS (DIM_V <= 64 ? S_FRAGS / 4 * 2 : S_FRAGS * 3 / 8 * 2)
@@ -120,7 +127,7 @@ FA_INLINE void init_barriers(uint32_t smem) {
   for (int w = 0; w < WARPGROUPS; w++)
     for (int i = 0; i < Q_STAGES; i++) {
       mbarrier_init(q_full(smem, w, i), 1);
-      mbarrier_init(q_empty(smem, w, i), 1);
+      mbarrier_init(q_empty(smem, w, i), TMA_STORE ? 4 : 1);
     }
   fence_mbarrier_init();
 }
@@ -186,7 +193,7 @@ FA_INLINE void produce(const fa_arg_problem *p, const fa_schedule *schedule, con
   for (int turn = 0;;) {
     work t = find_work(p, schedule, number, &k_start);
     int taken = number, over = number >= schedule->total;
-    if (schedule->next && !over && laneid() == 0) taken = atomicAdd(schedule->next, 1);
+    if (QUEUE && schedule->next && !over && laneid() == 0) taken = atomicAdd(schedule->next, 1);
     if (t.b >= 0 || over) {
       if (laneid() == 0) {
         mbarrier_wait_parity(tile_empty(smem, turn), parity(turn, TILE_SLOTS) ^ 1); /* every consumer warp has written that tile's O */
@@ -206,6 +213,7 @@ FA_INLINE void produce(const fa_arg_problem *p, const fa_schedule *schedule, con
 /* Who this thread is. */
 typedef struct {
   const fa_forward_args *args;
+  const fa_tma_map *out_map;
   uint32_t smem;
   int warp_row;      /* first row of the warp within BLOCK_M */
   float to_log2;     /* what scores, or products when they are scores but for their scale, are multiplied with for exp2 */
@@ -253,7 +261,7 @@ FA_INLINE void pass_turn(const place *me) {
 }
 
 /* Wait until use number `i` of K, V or Q has landed; give its place back. wgmma has retired for the whole warpgroup when its wait returns, so one
- * thread may speak for all. */
+ * thread may speak for all. With TMA_STORE the place of Q is O's in the end, and each warp gives it back when its rows have left it (release_slab). */
 FA_INLINE void await_k(const place *me, int i) { mbarrier_wait_parity(k_full(me->smem, i), parity(i, STAGES)); }
 FA_INLINE void await_v(const place *me, int i) { mbarrier_wait_parity(v_full(me->smem, i), parity(i, STAGES)); }
 FA_INLINE void await_q(const place *me, int i) { mbarrier_wait_parity(q_full(me->smem, warpgroup(me), i), parity(i, Q_STAGES)); }
@@ -264,7 +272,13 @@ FA_INLINE void release_v(const place *me, int i) {
   if (is_leader()) mbarrier_arrive(v_empty(me->smem, i));
 }
 FA_INLINE void release_q(const place *me, int i, int last_use) {
-  if (last_use && is_leader()) mbarrier_arrive(q_empty(me->smem, warpgroup(me), i));
+  if (!TMA_STORE && last_use && is_leader()) mbarrier_arrive(q_empty(me->smem, warpgroup(me), i));
+}
+FA_INLINE void release_slab(const place *me, int i) {
+  if (TMA_STORE && laneid() == 0) {
+    cp_async_bulk_wait_group_read();
+    mbarrier_arrive(q_empty(me->smem, warpgroup(me), i));
+  }
 }
 
 /* Where the operands of a product start, for its descriptors. */
@@ -282,11 +296,11 @@ FA_INLINE void issue_scores(float s[S_FRAGS][4], uint32_t q, uint32_t keys) {
   wgmma_commit_group();
 }
 
-/* O += P V, in the background. */
-FA_INLINE void issue_values(float o[O_FRAGS][4], const uint32_t p[2 * S_FRAGS], uint32_t values) {
+/* O += P V, or O = P V when there is none yet, in the background. */
+FA_INLINE void issue_values(float o[O_FRAGS][4], const uint32_t p[2 * S_FRAGS], uint32_t values, int add) {
   wgmma_fence();
 #pragma unroll
-  for (int k = 0; k < BLOCK_N / 16; k++) wgmma_p_v(&o[0][0], p + 4 * k, wgmma_descriptor(values, k * 2048), 1);
+  for (int k = 0; k < BLOCK_N / 16; k++) wgmma_p_v(&o[0][0], p + 4 * k, wgmma_descriptor(values, k * 2048), k > 0 || add);
   wgmma_commit_group();
 }
 
@@ -341,12 +355,13 @@ FA_INLINE void first_step(const place *me, const part *own, int turn, int ring, 
   take_turn(me);
   issue_scores(s, q, keys);
   pass_turn(me);
+  if (turn > 0) release_slab(me, turn - 1);
   if (DROPOUT) draw_kept(kept, &at);
   wgmma_wait_group(0);
   wgmma_hold(&s[0][0], 4 * S_FRAGS);
   release_k(me, ring);
   release_q(me, turn, own->last == own->first);
-  prepare_scores(s, &at, me->to_log2, needs_mask(own, n), max, sum, rescale, &w);
+  prepare_scores(s, &at, me->to_log2, 1, needs_mask(own, n), max, sum, rescale, &w);
   weigh(s, 0, S_FRAGS, me->to_log2, &w, sum, args_zero(me));
   if (DROPOUT) drop_weights(s, kept);
   pack_weights(p, s);
@@ -358,7 +373,7 @@ FA_INLINE void step(const place *me, const part *own, int n, int turn, int ring,
   float s[S_FRAGS][4], rescale[2];
   uint32_t kept[KEPT_WORDS];
   weighing w;
-  int last_use = n == own->first;
+  int last_use = n == own->first, add = n + 1 < own->last;
   await_k(me, ring);
   n = block_of(me, n, ring);
   const block_place at = {&me->args->problem, slot_smem(me->smem, turn),        me->warp_row, n * BLOCK_N, me->key,
@@ -367,7 +382,7 @@ FA_INLINE void step(const place *me, const part *own, int n, int turn, int ring,
   uint32_t q = q_start(me, turn), keys = k_start(me, ring), values = v_start(me, ring - 1);
   take_turn(me);
   if (OVERLAP) issue_scores(s, q, keys);
-  issue_values(o, p, values);
+  issue_values(o, p, values, add);
   if (!OVERLAP) {
     wgmma_wait_group(0);
     wgmma_hold(&o[0][0], 4 * O_FRAGS);
@@ -383,7 +398,7 @@ FA_INLINE void step(const place *me, const part *own, int n, int turn, int ring,
   wgmma_hold(&s[0][0], 4 * S_FRAGS);
   release_k(me, ring);
   release_q(me, turn, last_use);
-  int moved = prepare_scores(s, &at, me->to_log2, (MASKING || BLOCK_MASK) && needs_mask(own, n), max, sum, rescale, &w);
+  int moved = prepare_scores(s, &at, me->to_log2, 0, (MASKING || BLOCK_MASK) && needs_mask(own, n), max, sum, rescale, &w);
   weigh(s, 0, WAIT_FRAGS, me->to_log2, &w, sum, args_zero(me));
   if (OVERLAP) {
     after_weights(me, sum);
@@ -400,10 +415,10 @@ FA_INLINE void step(const place *me, const part *own, int n, int turn, int ring,
 /* ---- from tile to tile ---- */
 
 /* The last product of a tile, block number `ring`. Ends the statistics under it. */
-FA_INLINE void last_step(const place *me, int turn, int ring, float o[O_FRAGS][4], const uint32_t p[2 * S_FRAGS], const float max[2],
-                         const float sum[2], float factor[2]) {
+FA_INLINE void last_step(const place *me, const part *own, int turn, int ring, float o[O_FRAGS][4], const uint32_t p[2 * S_FRAGS],
+                         const float max[2], const float sum[2], float factor[2]) {
   await_v(me, ring);
-  issue_values(o, p, v_start(me, ring));
+  issue_values(o, p, v_start(me, ring), own->first < own->last);
   work t = receive_work(&me->args->problem, slot_smem(me->smem, turn));
   end_statistics(me->args, &t, me->warp_row, max, sum, factor);
   wgmma_wait_group(0);
@@ -424,51 +439,55 @@ FA_INLINE int attend(const place *me, int turn, int ring, float o[O_FRAGS][4], f
   if (n < own.first) {
     bar_sync(PASS_BARRIER + warpgroup(me), 128); /* every warp has seen Q land */
     release_q(me, turn, 1);
+    if (turn > 0) release_slab(me, turn - 1);
     end_statistics(me->args, &t, me->warp_row, max, sum, factor);
     return ring;
   }
   first_step(me, &own, turn, ring, p, max, sum);
 #pragma unroll 1
   for (ring++; --n >= own.first; ring++) step(me, &own, n, turn, ring, o, p, max, sum);
-  last_step(me, turn, ring - 1, o, p, max, sum, factor);
+  last_step(me, &own, turn, ring - 1, o, p, max, sum, factor);
   return BLOCK_MASK ? ring : let_pass(me, ring, own.first - receive_work(problem, tile_smem).first);
 }
 
-/* Writes O, repairs it, and sets it to zero for the next tile; then the tile's slot may be used again. */
+/* Writes O and repairs it; then the tile's slot may be used again. */
 FA_INLINE void leave(const place *me, int turn, float o[O_FRAGS][4], const float factor[2]) {
   work t = receive_work(&me->args->problem, slot_smem(me->smem, turn));
   unsigned repair = rows_not_finite(o, factor);
-  if (is_partial(me->args))
+  if (TMA_STORE)
+    store_output(me->out_map, &t, me->warp_row, q_smem(me->smem, warpgroup(me), turn), o, factor);
+  else if (is_partial(me->args))
     write_partial_output(me->args, &t, me->warp_row, o, factor);
   else
     write_output(me->args, &t, me->warp_row, o, factor);
-  if (repair) repair_rows(me->args, &t, me->warp_row, repair);
-#pragma unroll
-  for (int d = 0; d < O_FRAGS; d++)
-#pragma unroll
-    for (int e = 0; e < 4; e++) o[d][e] = 0.0f;
+  if (repair) {
+    if (TMA_STORE) cp_async_bulk_wait_group(); /* or it would come over the repaired rows */
+    repair_rows(me->args, &t, me->warp_row, repair);
+  }
   __syncwarp(); /* all lanes have read the tile */
   if (laneid() == 0) mbarrier_arrive(tile_empty(me->smem, turn));
 }
 
-FA_INLINE void consume(const fa_forward_args *args, const fa_schedule *schedule, uint32_t smem) {
-  place me = {args, smem, uniform((int)threadIdx.x / 32 * 16 - 64), SCORE ? LOG2E : schedule->scale_log2, {{0, 0}}};
+FA_INLINE void consume(const fa_forward_args *args, const fa_schedule *schedule, const fa_tma_map *out_map, uint32_t smem) {
+  place me = {args, out_map, smem, uniform((int)threadIdx.x / 32 * 16 - 64), SCORE ? LOG2E : schedule->scale_log2, {{0, 0}}};
   if (DROPOUT) me.key = fa_dropout_key_of(&args->problem);
-  float o[O_FRAGS][4] = {{0.0f}}, factor[2];
+  float o[O_FRAGS][4], factor[2];
   int ring = 0;
   if (PINGPONG && warpgroup(&me) == 0) bar_arrive(TURN_BARRIER, 256); /* the first turn */
 #pragma unroll 1
   for (int turn = 0;; turn++) {
     mbarrier_wait_parity(tile_full(smem, turn), parity(turn, TILE_SLOTS));
-    if (ld_shared_b32(slot_smem(smem, turn)) == (uint32_t)NO_MORE_TILES) return;
+    if (ld_shared_b32(slot_smem(smem, turn)) == (uint32_t)NO_MORE_TILES) break;
     ring = attend(&me, turn, ring, o, factor);
     leave(&me, turn, o, factor);
   }
+  if (TMA_STORE) cp_async_bulk_wait_group_read(); /* shared memory lives until then */
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     fwd_sm90(const __grid_constant__ fa_forward_args args, const __grid_constant__ fa_schedule schedule,
-             const __grid_constant__ fa_tma_map q_map, const __grid_constant__ fa_tma_map k_map, const __grid_constant__ fa_tma_map v_map) {
+             const __grid_constant__ fa_tma_map q_map, const __grid_constant__ fa_tma_map k_map, const __grid_constant__ fa_tma_map v_map,
+             const __grid_constant__ fa_tma_map out_map) {
   extern __shared__ __align__(1024) unsigned char shared[];
   uint32_t smem = smem_address(shared);
   if (threadIdx.x == 0) init_barriers(smem);
@@ -478,6 +497,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x < 32) produce(&args.problem, &schedule, &q_map, &k_map, &v_map, smem);
   } else {
     setmaxnreg_inc(CONSUMER_REGISTERS);
-    consume(&args, &schedule, smem);
+    consume(&args, &schedule, &out_map, smem);
   }
 }

@@ -1,11 +1,11 @@
 /* output_sm90.h: the end of a tile: lse, O / sum to global memory, and the repair of rows that are not finite.
  *
- * Each warp writes its 16 rows from its registers, 32 bytes of a row at a time, which are whole sectors of the cache: shared memory stays with Q, K
- * and V, so the next tile need not wait for this.
+ * Each warp sends its 16 rows through the slab of Q that its warpgroup has done with (TMA_STORE), or, where the next Q waits for that slab, or what
+ * lies behind a sequence is another's, writes them from its registers.
  *
  * Where the keys are split both are of this part of the keys alone, in f32 in the workspace, and the sink is left to the kernel that combines the parts.
  *
- * Expects DIM_V, BLOCK_MASK, DROPOUT, FEW_ROWS.
+ * Expects DIM_V, BLOCK_MASK, DROPOUT, FEW_ROWS, SLAB_CHUNK_BYTES.
  */
 #ifndef FA_OUTPUT_SM90_H
 #define FA_OUTPUT_SM90_H
@@ -61,19 +61,46 @@ FA_INLINE unsigned rows_not_finite(float o[O_FRAGS][4], const float factor[2]) {
   unsigned rows = 0;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    float zero = 0.0f;
+    float zero[4] = {0.0f}; /* four chains, which do not wait for each other */
 #pragma unroll
-    for (int d = 0; d < O_FRAGS; d++) zero += (o[d][2 * r] + o[d][2 * r + 1]) * 0.0f;
-    int bad = factor[r] > 0.0f && zero != zero; /* a factor of NaN: the row is due to be NaN */
+    for (int d = 0; d < O_FRAGS; d++) zero[d % 4] += (o[d][2 * r] + o[d][2 * r + 1]) * 0.0f;
+    float all = (zero[0] + zero[1]) + (zero[2] + zero[3]);
+    int bad = factor[r] > 0.0f && all != all; /* a factor of NaN: the row is due to be NaN */
     for (unsigned lanes = __ballot_sync(0xFFFFFFFFu, bad); lanes; lanes &= lanes - 1) rows |= 1u << ((__ffs(lanes) - 1) / 4 + 8 * r);
   }
   return rows;
 }
 
-/* O times factor. Of two fragments, 16 columns, a lane holds columns 2q, 2q + 1 and 2q + 8, 2q + 9; it swaps with its neighbour so that it has four
- * columns in a row, and a quad 16: even lanes those of the first fragment, odd lanes those of the second. */
+/* Two columns of O times factor, of the lane's row r; 0 where nothing was added: O may be anything there. */
+FA_INLINE uint32_t output_pair(const float o[4], int r, const float factor[2]) {
+  return factor[r] == 0.0f ? 0 : fa_pack(o[2 * r] * factor[r], o[2 * r + 1] * factor[r]);
+}
+
+/* O times factor to the slab of 64 rows at slab_smem, chunk after chunk, and from there to global memory by the TMA, which leaves out what lies
+ * behind the sequence. Each warp sends its own 16 rows, so it waits for no other. */
+FA_INLINE void store_output(const fa_tma_map *out_map, const work *t, int warp_row, uint32_t slab_smem, float o[O_FRAGS][4],
+                            const float factor[2]) {
+  int lane = laneid(), row = warp_row % 64 + lane % 16;
+#pragma unroll
+  for (int d = 0; d < O_FRAGS; d += 2) {
+    int column = d + lane / 16; /* of 16 bytes */
+    stmatrix_x4(slab_smem + d / 8 * SLAB_CHUNK_BYTES + row * 128 + ((column ^ row) & 7) * 16, output_pair(o[d], 0, factor),
+                output_pair(o[d], 1, factor), output_pair(o[d + 1], 0, factor), output_pair(o[d + 1], 1, factor));
+  }
+  fence_proxy_async(); /* what this lane wrote, for the TMA */
+  __syncwarp();
+  if (lane == 0) {
+#pragma unroll 1
+    for (int c = 0; c < (DIM_V + 63) / 64; c++)
+      cp_async_bulk_tensor_store(out_map, slab_smem + c * SLAB_CHUNK_BYTES + warp_row % 64 * 128, 64 * c, t->m0 + warp_row, t->h, t->b);
+    cp_async_bulk_commit_group();
+  }
+}
+
+/* O times factor from registers. Of four fragments, 32 columns, a lane holds columns 2q and 2q + 1 of each; a quad exchanges them until lane q
+ * has the eight columns of fragment q, so that it writes 16 bytes and the quad 64. */
 FA_INLINE void write_output(const fa_forward_args *args, const work *t, int row0, float o[O_FRAGS][4], const float factor[2]) {
-  int lane = laneid(), odd = lane & 1, column = 8 * odd + 2 * (lane & 2);
+  int lane = laneid(), q = lane & 3, column = 8 * q;
   char *out_gmem;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
@@ -81,13 +108,20 @@ FA_INLINE void write_output(const fa_forward_args *args, const work *t, int row0
     if (r == 0 || FEW_ROWS) out_gmem = out_of_head(args, t, row.h) + row.position * out_stride(args) + column * 2;
     int columns = row.held ? args->problem.dim_v - column : 0;
 #pragma unroll
-    for (int d = 0; d < O_FRAGS; d += 2) {
-      uint32_t first = fa_pack(o[d][2 * r] * factor[r], o[d][2 * r + 1] * factor[r]);
-      uint32_t second = fa_pack(o[d + 1][2 * r] * factor[r], o[d + 1][2 * r + 1] * factor[r]);
-      if (factor[r] == 0.0f) first = second = 0; /* O may be anything where nothing was added */
-      uint32_t swapped = __shfl_xor_sync(0xFFFFFFFFu, odd ? first : second, 1);
-      if (8 * d < columns)
-        st_global_v2(out_gmem + (FEW_ROWS ? 0 : 8 * r * out_stride(args)) + 16 * d, odd ? swapped : first, odd ? second : swapped);
+    for (int d = 0; d < O_FRAGS; d += 4) {
+      uint32_t x[4]; /* of fragments d to d + 3; in the end, of lanes 0 to 3 of the quad */
+#pragma unroll
+      for (int i = 0; i < 4; i++) x[i] = output_pair(o[d + i], r, factor);
+#pragma unroll
+      for (int distance = 1; distance < 4; distance *= 2)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          if (!(i & distance)) {
+            uint32_t got = __shfl_xor_sync(0xFFFFFFFFu, q & distance ? x[i] : x[i | distance], distance);
+            x[i] = q & distance ? got : x[i];
+            x[i | distance] = q & distance ? x[i | distance] : got;
+          }
+      if (8 * d < columns) st_global_v4(out_gmem + (FEW_ROWS ? 0 : 8 * r * out_stride(args)) + 16 * d, x);
     }
   }
 }

@@ -66,6 +66,33 @@ FA_INLINE void cp_async_bulk_tensor_load_5d(uint32_t dst_smem, const fa_tma_map 
       : "memory");
 }
 
+/* A box from shared to global memory, on behalf of the thread that asks; what leaves the tensor is not written. */
+FA_INLINE void cp_async_bulk_tensor_store(const fa_tma_map *map, uint32_t src_smem, int c0, int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map), "r"(src_smem), "r"(c0),
+               "r"(c1), "r"(c2), "r"(c3)
+               : "memory");
+}
+FA_INLINE void cp_async_bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+/* Until every group that this thread has committed has read its shared memory; until it is written as well. */
+FA_INLINE void cp_async_bulk_wait_group_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+FA_INLINE void cp_async_bulk_wait_group() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+/* Ordinary writes to shared memory come before what the TMA is asked for next. */
+FA_INLINE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+/* Four 8 x 8 matrices of 16-bit elements to shared memory: lane l says where row l % 8 of matrix l / 8 goes, 16 bytes; registers i hold of matrix i
+ * what accumulators do: row l / 4, columns 2 * (l % 4) and the next. */
+FA_INLINE void stmatrix_x4(uint32_t row_smem, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_smem), "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+               : "memory");
+}
+
+/* 16 bytes to global memory. */
+FA_INLINE void st_global_v4(void *dst_gmem, const uint32_t r[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(dst_gmem), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+
 /* 8 bytes to global memory. */
 FA_INLINE void st_global_v2(void *dst_gmem, uint32_t r0, uint32_t r1) {
   asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(dst_gmem), "r"(r0), "r"(r1) : "memory");

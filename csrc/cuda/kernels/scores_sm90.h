@@ -160,12 +160,12 @@ FA_INLINE void weigh(float s[S_FRAGS][4], int first, int end, float to_log2, wei
 }
 
 /* Prepares the scores of one block for weigh: masks and running maxima. Returns whether O has to be multiplied with `rescale` before their
- * weights are added. */
-FA_INLINE int prepare_scores(float s[S_FRAGS][4], const block_place *at, float to_log2, int masked, float max[2], float sum[2],
+ * weights are added. first: there is no running maximum yet that could stay. */
+FA_INLINE int prepare_scores(float s[S_FRAGS][4], const block_place *at, float to_log2, int first, int masked, float max[2], float sum[2],
                              float rescale[2], weighing *w) {
   if (SCORE) change_scores(s, at);
   if (masked) mask_scores(s, at);
-  int moved = SCORE || masked || !LAZY_RESCALE || !maxima_may_stay(s, to_log2, max);
+  int moved = first || SCORE || masked || !LAZY_RESCALE || !maxima_may_stay(s, to_log2, max);
   if (moved) move_maxima(s, to_log2, max, rescale);
 #pragma unroll
   for (int r = 0; r < 2; r++) {

@@ -26,6 +26,7 @@
 #include "../../core/error.h"
 #include "compile.h"
 #include "disk.h"
+#include "override.h"
 #include "paths.h"
 
 enum { BUCKETS = 256 };
@@ -273,8 +274,11 @@ static fa_code build(uint32_t hash, const fa_device_limits *limits, const fa_var
 
 fa_code fa_store_get(int device, const fa_variant *variant, const fa_kernel **kernel, fa_error *error) {
   const fa_device_limits *limits;
+  fa_variant changed;
+  fa_constant room[FA_MAX_CONSTANTS];
   fa_code code = fa_driver_device(device, &limits, error); /* first: it refuses a forked child, where the lock below may be held for ever */
   if (code) return code;
+  variant = fa_overridden(variant, &changed, room);
   const uint32_t hash = hash_of(device, variant);
   if ((*kernel = find_loaded(hash, device, variant))) return FA_OK;
   pthread_mutex_lock(&build_lock);
