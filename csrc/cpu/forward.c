@@ -7,15 +7,16 @@
  *
  * A tile holds rows of one head, or, where sequences of queries are short, the rows of several heads of a group, which then read
  * their keys once. Where that makes too few tasks, each tile is attended in several ranges of keys, whose (O, m, l) are combined in order.
- * Nothing else larger than a tile is kept. Tasks share nothing, so the result does not depend on the number of threads. */
+ * Nothing else larger than a tile is kept. Tasks share nothing, so the result does not depend on the number of threads. Tiles of few rows
+ * read their keys another way: forward_few.c. */
 #include <math.h>
-#include <stdlib.h>
 
 #include "../core/error.h"
 #include "engine.h"
 #include "forward_few.h"
 #include "forward_tile.h"
 #include "padding.h"
+#include "workspace.h"
 
 /* What one range of keys leaves of a tile. */
 typedef struct {
@@ -174,11 +175,11 @@ static fa_code run_split(fa_job *job, forward_shared *shared, fa_error *error) {
   size_t bytes = fa_cpu_forward_workspace(job->problem, job->ops);
   fa_arena count = {NULL, 0};
   for (int i = 0; i < shared->plan.together; i++) fa_carve_forward_tile(job->problem, job->ops, &shared->plan, &count, NULL);
-  shared->partials = aligned_alloc(64, bytes);
+  shared->partials = fa_workspace_take(bytes);
   if (!shared->partials) return fa_fail(error, FA_ERR_MEMORY, "cannot allocate %zu bytes of workspace", bytes);
   fa_code code = fa_job_run(job, count.used, tiles / shared->plan.together * shared->plan.splits, split_task, error);
   if (code == FA_OK) code = fa_job_run(job, count.used, tiles, combine_task, error);
-  free(shared->partials);
+  fa_workspace_give(shared->partials);
   return code;
 }
 
