@@ -133,7 +133,7 @@ def add_options(parser: argparse.ArgumentParser, device: str) -> None:
     parser.add_argument("--rounds", type=int, default=7 if on_gpu else 3)
     parser.add_argument("--quick", action="store_true", help="a few cells, few rounds")
     if not on_gpu:
-        parser.add_argument("--full", action="store_true", help="lengths 512 to 8192: about a quarter of an hour on two cores")
+        parser.add_argument("--full", action="store_true", help="lengths 512 to 8192: minutes, many where torch is slow")
 
 
 def shorten(options: argparse.Namespace) -> None:
