@@ -23,6 +23,7 @@ ROWS = {
     "top_left": {**SHAPE, "causal": "top_left", "dim_qk": 128},
     "window": {"window": (37, 11), "heads_q": 6, "heads_k": 2},
     "long_window": {**SHAPE, "seqlen_q": 700, "seqlen_k": 900, "window": (300, 100), "heads_q": 1},  # tiles before, inside and behind
+    "long_causal": {**SHAPE, "seqlen_q": 600, "seqlen_k": 631, "causal": True, "heads_q": 1},  # blocks of keys and of queries
     "negative_scale": {**SHAPE, "scale": -0.31, "causal": True},
     "no_scale": {**SHAPE, "scale": 0.0, "causal": True},
     "large_scale": {**SHAPE, "scale": 9.0},  # the running maximum moves

@@ -39,6 +39,6 @@ size_t fa_amx_keys_scratch(const fa_problem *problem);
 void fa_amx_keys_of_head(const fa_amx_backward_shared *shared, fa_head head, int copy, fa_arena arena);
 
 /* Keys of a block, whose K, V, dK and dV stay while the queries pass. */
-enum { FA_AMX_BLOCK_KEYS = 128 };
+enum { FA_AMX_BLOCK_KEYS = 256 };
 
 #endif

@@ -1,4 +1,4 @@
-/* amx_gradient.h: the vector work of the AMX backward: products of a cell of 64 keys x 32 queries -> P^T and dS^T as operands, two keys at a
+/* amx_gradient.h: the vector work of the AMX backward: products of a cell of 32 keys x 32 queries -> P^T and dS^T as operands, two keys at a
  * time. Both as left operands summed over queries, [key][32 queries], where they fall as they come; dS^T also as a right operand summed
  * over keys, in pairs of keys. */
 #ifndef FA_AMX_GRADIENT_H
@@ -6,15 +6,13 @@
 
 #include "amx_tile.h"
 
-enum { QUERY_STRIPS = 4 /* 32 queries each, of a block of weights */ };
-
 AMX_BEGIN
 
 /* Products of a cell on their way to P^T and dS^T. One call turns two keys of 32 queries. */
 typedef struct {
   const float *s, *dp, *softcap, *dropout; /* the last two may be NULL */
   uint16_t *p, *ds, *ds_pairs;
-  int left, row;                                     /* pairs of keys to go; pairs since the last strip of keys */
+  int left;                                          /* pairs of keys to go */
   f32x16 factor, shift_0, shift_1, delta_0, delta_1; /* of queries 0..15 and 16..31; shift negated */
 } gradient_work;
 
@@ -66,12 +64,6 @@ AMX_INLINE void gradient_pair(gradient_work *w, const int parts) {
   w->ds += 64;
   w->ds_pairs += 32;
   w->left--;
-  if (++w->row == 16) { /* next strip of keys */
-    w->p += QUERY_STRIPS * STRIP_HALVES(parts) - 2 * TILE_HALVES;
-    w->ds += QUERY_STRIPS * STRIP_HALVES(parts) - 2 * TILE_HALVES;
-    w->ds_pairs += STRIP_HALVES(parts) - TILE_HALVES;
-    w->row = 0;
-  }
 }
 
 AMX_INLINE void gradient_tick_1(void *work) { gradient_pair(work, 1); }

@@ -80,11 +80,14 @@ static void carve(const fa_problem *p, const fa_amx_forward_shared *shared, quer
   }
 }
 
+/* The tile's second half is left out where no row of the strip sees it, as on the diagonal. */
+static int keys_of_tile(const strip_state *strip, int n0) { return strip->lanes.end - n0 > STRIP ? FA_BLOCK_N : STRIP; }
+
 AMX_INLINE void score_products(const queries_state *t, const strip_state *strip, int n0, float *s, const int parts, const tick_fn tick,
                                void *work, const int density) {
   const uint16_t *k = t->keys.k + n0 / STRIP * t->shared->k_halves;
   const int64_t step = STRIP_HALVES(parts);
-  for (int i = 0; i < FA_BLOCK_N / STRIP; i++)
+  for (int i = 0; i < keys_of_tile(strip, n0) / STRIP; i++)
     product_32x32(k + i * t->shared->k_halves, step, strip->q, step, t->strips_qk, parts, s + i * STRIP * STRIP, STRIP, 0, tick, work,
                   density);
 }
@@ -125,11 +128,11 @@ static void shrink_output(const queries_state *t, strip_state *strip, const f32x
 }
 
 /* Moves shift up to the tile's maximum where that is much larger. Rare, so it first makes all products that are still to be made. */
-AMX_INLINE void follow_maximum(queries_state *t, strip_state *strip, int which, const float *s, const int parts) {
+AMX_INLINE void follow_maximum(queries_state *t, strip_state *strip, int which, const float *s, int keys, const int parts) {
   const f32x16 unit = f32_splat(t->score_terms ? 1 : t->shared->factor), slack = f32_splat(t->score_terms ? LAZY_LOG2 / LOG2_E : LAZY_LOG2);
   f32x16 top[8], shrink[2]; /* even: queries 0..15, odd: 16..31 */
   for (int i = 0; i < 8; i++) top[i] = f32_splat(-INFINITY);
-  for (int j = 0; j < FA_BLOCK_N; j += 4)
+  for (int j = 0; j < keys; j += 4)
     for (int i = 0; i < 8; i++) top[i] = f32_max(f32_load(s + j * STRIP + 16 * i), top[i]);
   int moves = 0;
   for (int h = 0; h < 2; h++) {
@@ -149,15 +152,16 @@ AMX_INLINE void follow_maximum(queries_state *t, strip_state *strip, int which, 
 
 /* Masks or completes the scores of a tile, moves shift, and sets up the work that makes its weights. */
 AMX_INLINE void prepare_tile(queries_state *t, strip_state *strip, int which, int n0, float *s, softmax_work *w, const int parts) {
+  const int keys = keys_of_tile(strip, n0);
   if (t->score_terms)
-    score_block(t->head, &strip->lanes, n0, s, t->rows, NULL, NULL);
-  else if (needs_mask(&strip->lanes, n0))
-    mask_block(&strip->lanes, n0, s);
-  follow_maximum(t, strip, which, s, parts);
+    score_block(t->head, &strip->lanes, n0, keys, s, t->rows, NULL, NULL);
+  else if (needs_mask(&strip->lanes, n0, keys))
+    mask_block(&strip->lanes, n0, keys, s);
+  follow_maximum(t, strip, which, s, keys, parts);
   f32x16 zero = f32_splat(0), shift_0 = f32_finite_or_zero(f32_load(strip->shift)),
          shift_1 = f32_finite_or_zero(f32_load(strip->shift + 16));
   /* Scores may be as low as a float goes: their shift comes off before log2 units would overflow. */
-  for (float *at = s; at < s + BLOCK_FLOATS && t->score_terms; at += STRIP) {
+  for (float *at = s; at < s + keys * STRIP && t->score_terms; at += STRIP) {
     f32_store(at, f32_sub(f32_load(at), shift_0));
     f32_store(at + 16, f32_sub(f32_load(at + 16), shift_1));
   }
@@ -167,11 +171,11 @@ AMX_INLINE void prepare_tile(queries_state *t, strip_state *strip, int which, in
   w->sum_1 = f32_load(strip->sum + 16);
   w->s = s;
   w->factor = f32_splat(t->shared->factor);
-  w->left = FA_BLOCK_N / 2;
+  w->left = keys / 2;
   w->row = 0;
   w->dropout = NULL;
   if (t->head->problem->dropout.p > 0) {
-    dropout_block(t->head, &strip->lanes, n0, t->dropout, t->rows);
+    dropout_block(t->head, &strip->lanes, n0, keys, t->dropout, t->rows);
     w->dropout = t->dropout;
   }
 }
@@ -179,9 +183,9 @@ AMX_INLINE void prepare_tile(queries_state *t, strip_state *strip, int which, in
 /* o += v p for a tile with a NaN or infinity in V, which must not leak through a weight of 0, nor change through the two parts of another. */
 static void output_skipping_zeros(const queries_state *t, strip_state *strip, int n0, const uint16_t *p) {
   const fa_problem *problem = t->head->problem;
-  int parts = t->shared->parts, ld = fa_pad(problem->dim_v);
-  fa_load_keys(t->head, &problem->v, n0, fa_min(FA_BLOCK_N, t->head->seq.len_k - n0), problem->dim_v, t->load_tile);
-  for (int j = 0; j < fa_min(FA_BLOCK_N, t->head->seq.len_k - n0); j++)
+  const int parts = t->shared->parts, ld = fa_pad(problem->dim_v), keys = fa_min(keys_of_tile(strip, n0), t->head->seq.len_k - n0);
+  fa_load_keys(t->head, &problem->v, n0, keys, problem->dim_v, t->load_tile);
+  for (int j = 0; j < keys; j++)
     for (int i = 0; i < STRIP; i++) {
       const uint16_t *at = p + j / STRIP * STRIP_HALVES(parts) + i / 16 * TILE_HALVES + j % STRIP / 2 * 32 + i % 16 * 2 + j % 2;
       float weight = fa_from_bf16(at[0]) + (parts == 2 ? fa_from_bf16(at[2 * TILE_HALVES]) : 0);
@@ -196,8 +200,9 @@ AMX_INLINE void gather_tile(queries_state *t, strip_state *strip, int which, int
     g->v = t->keys.v + n / STRIP * t->shared->v_halves;
     g->o = strip->o;
   }
-  g->blocks += FA_BLOCK_N / STRIP;
-  if (last || g->blocks == t->pending_tiles * 2) close_gathering(t, which, parts);
+  const int keys = keys_of_tile(strip, n);
+  g->blocks += keys / STRIP;
+  if (last || keys < FA_BLOCK_N || g->blocks == t->pending_tiles * 2) close_gathering(t, which, parts);
 }
 
 /* The tiles of [n0, end) for a pair of strips (the last of a sequence may be alone), in turn, so that the second finds K in L1. */

@@ -52,14 +52,15 @@ AMX_INLINE void product_32x32(const uint16_t *a, int64_t a_step, const uint16_t 
     for (int term = 0; term < 2 * parts - 1; term++) { /* (low, high), (high, high), (high, low); bf16: (high, high) */
       const uint16_t *a_tiles = a + (parts == 2 && term == 0 ? 2 * TILE_HALVES : 0);
       const uint16_t *b_tiles = b + (parts == 2 && term == 2 ? 2 * TILE_HALVES : 0);
-      TILE_LOAD(4, a_tiles, 64);
-      TILE_LOAD(6, b_tiles, 64);
+      const int new_a = term < 2, new_b = term != 1; /* a part stays where the next term needs it too */
+      if (new_a) TILE_LOAD(4, a_tiles, 64);
+      if (new_b) TILE_LOAD(6, b_tiles, 64);
       TILE_PRODUCT(0, 4, 6);
       run_ticks(tick, work, density, 0);
-      TILE_LOAD(7, b_tiles + TILE_HALVES, 64);
+      if (new_b) TILE_LOAD(7, b_tiles + TILE_HALVES, 64);
       TILE_PRODUCT(1, 4, 7);
       run_ticks(tick, work, density, 1);
-      TILE_LOAD(5, a_tiles + TILE_HALVES, 64);
+      if (new_a) TILE_LOAD(5, a_tiles + TILE_HALVES, 64);
       TILE_PRODUCT(2, 5, 6);
       run_ticks(tick, work, density, 0);
       TILE_PRODUCT(3, 5, 7);
