@@ -7,8 +7,11 @@
 #include "../core/error.h"
 #include "kernels/args_bwd.h"
 
+/* bwd_keys_sm80: a warp owns keys. bwd_sm80: warps share out each product of a tile anew, S and dP each among all of them or among half. */
+enum { KEYS, TILES, PAIRS };
+
 typedef struct {
-  int element_bytes, dim, plain, block_m, block_n, warps, s_warps, kv_warps, dq_warps, stages, ctas;
+  int kernel, element_bytes, dim, plain, block_m, block_n, warps, s_warps, kv_warps, dq_warps, stages, ctas;
 } key_tile;
 
 typedef struct {
@@ -16,7 +19,8 @@ typedef struct {
 } row_tile;
 
 static const key_tile key_tiles[] = {
-#define FA_BWD_TILE(size, dim, plain, m, n, warps, s, kv, dq, stages, ctas) {size, dim, plain, m, n, warps, s, kv, dq, stages, ctas},
+#define FA_BWD_TILE(kernel, size, dim, plain, m, n, warps, s, kv, dq, stages, ctas) \
+  {kernel, size, dim, plain, m, n, warps, s, kv, dq, stages, ctas},
 #include "tiles_bwd.def"
 #undef FA_BWD_TILE
 };
@@ -62,14 +66,18 @@ static int all_rows_are_aligned(const fa_problem *p) {
 
 /* ---- tiles ---- */
 
-static int pad_of(const key_tile *t) { return fa_max(DIM_PAD, 16 * t->warps / fa_min(t->kv_warps, t->dq_warps)); }
+/* A warp has whole fragments of dK, dV and dQ; with KEYS all columns of the first two. */
+static int pad_of(const key_tile *t) {
+  return fa_max(DIM_PAD, 16 * t->warps / (t->kernel == KEYS ? t->dq_warps : fa_min(t->kv_warps, t->dq_warps)));
+}
 
 static int key_smem(const fa_problem *p, const key_tile *t) {
   int dims = fa_round_up(p->dim_qk, pad_of(t)) + fa_round_up(p->dim_v, pad_of(t));
-  int score_tiles = t->stages == 3 ? 4 : 2; /* P and dS, of one tile or of two */
-  int statistics = t->stages >= 2 && t->ctas == 1 ? t->stages * 2 * t->block_m * (int)sizeof(float) : 0;
+  int score_tiles = t->stages == 3 ? 4 : 2; /* P and dS, of one tile or of two; with KEYS dS of two */
+  int statistics = t->kernel == KEYS || (t->stages >= 2 && t->ctas == 1) ? t->stages * 2 * t->block_m * (int)sizeof(float) : 0;
+  int exchange = t->kernel == PAIRS ? t->block_m * t->block_n * (int)sizeof(float) : 0;
   int elements = (t->block_n + t->stages * t->block_m) * dims + score_tiles * t->block_m * t->block_n;
-  return elements * t->element_bytes + statistics + WORK_SMEM;
+  return elements * t->element_bytes + statistics + exchange + WORK_SMEM;
 }
 
 static int row_smem(const fa_problem *p, const row_tile *t, int stages) {
@@ -162,13 +170,16 @@ static void plan_keys(const choice *c, fa_backward_plan *plan) {
     return;
   }
   int dim_qk = fa_round_up(p->dim_qk, pad_of(t)), dim_v = fa_round_up(p->dim_v, pad_of(t));
-  fa_planned_kernel *k =
-      add_launch(plan, FA_BWD_KEYS, "bwd_sm80", grid_of(p, tiles, p->heads_k), 32 * t->warps, key_smem(p, t), (int)p->dtype);
-  const fa_constant constants[] = {{"HEAD_DIM", dim_qk},    {"DIM_V", dim_v},         {"BLOCK_M", t->block_m},   {"BLOCK_N", t->block_n},
-                                   {"WARPS", t->warps},     {"S_WARPS", t->s_warps},  {"KV_WARPS", t->kv_warps}, {"DQ_WARPS", t->dq_warps},
-                                   {"STAGES", t->stages},   {"CTAS", t->ctas},        {"ALIGNED", c->aligned},   {"SCORE", c->score},
-                                   {"DROPOUT", c->dropout}, {"ADD_DQ", plan->adds_dq}};
-  for (size_t i = 0; i < sizeof constants / sizeof *constants; i++) fa_add_constant(k, constants[i].name, constants[i].value);
+  const char *kernel = t->kernel == KEYS ? "bwd_keys_sm80" : "bwd_sm80";
+  fa_planned_kernel *k = add_launch(plan, FA_BWD_KEYS, kernel, grid_of(p, tiles, p->heads_k), 32 * t->warps, key_smem(p, t), (int)p->dtype);
+  const fa_constant shared[] = {{"HEAD_DIM", dim_qk}, {"DIM_V", dim_v},          {"BLOCK_M", t->block_m}, {"BLOCK_N", t->block_n},
+                                {"WARPS", t->warps},  {"DQ_WARPS", t->dq_warps}, {"CTAS", t->ctas},       {"ADD_DQ", plan->adds_dq}};
+  const fa_constant of_tiles[] = {{"S_WARPS", t->s_warps},        {"KV_WARPS", t->kv_warps}, {"STAGES", t->stages},
+                                  {"PAIRED", t->kernel == PAIRS}, {"ALIGNED", c->aligned},   {"SCORE", c->score},
+                                  {"DROPOUT", c->dropout}};
+  for (size_t i = 0; i < sizeof shared / sizeof *shared; i++) fa_add_constant(k, shared[i].name, shared[i].value);
+  if (t->kernel != KEYS)
+    for (size_t i = 0; i < sizeof of_tiles / sizeof *of_tiles; i++) fa_add_constant(k, of_tiles[i].name, of_tiles[i].value);
   plan->dq_columns = plan->adds_dq ? dim_qk : 0;
 }
 

@@ -154,6 +154,7 @@ static inline void cp_async_commit_group() {}
 
 static inline void st_shared_v4(uint32_t dst_smem, const uint32_t r[4]) { memcpy(shared + dst_smem, r, 16); }
 static inline void st_shared_b32(uint32_t dst_smem, uint32_t r) { memcpy(shared + dst_smem, &r, 4); }
+static inline void ld_shared_v2_f32(float x[2], uint32_t src_smem) { memcpy(x, shared + src_smem, 8); }
 static inline void ld_shared_v4(uint32_t r[4], uint32_t src_smem) { memcpy(r, shared + src_smem, 16); }
 static inline uint32_t ld_shared_b32(uint32_t src_smem) {
   uint32_t r;

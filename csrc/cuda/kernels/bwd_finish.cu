@@ -11,6 +11,7 @@
 #include "mma_bwd.h"
 
 #define THREADS 256
+#define BATCH 4 /* fragments that a thread reads at once */
 
 extern "C" __global__ void __launch_bounds__(THREADS) bwd_finish(const __grid_constant__ fa_gradient_args args) {
   const fa_arg_problem *p = &args.problem;
@@ -19,17 +20,25 @@ extern "C" __global__ void __launch_bounds__(THREADS) bwd_finish(const __grid_co
   const float *sum_gmem = (const float *)args.dq_sum + (fa_workspace_row(&args, tile.b, tile.h, tile.q_start) + tile.m0) * args.dq_columns;
   int pairs = args.dq_columns / 2;
   float scale = (float)p->scale;
-  for (int item = threadIdx.x; item < FA_ROW_PAD / 2 * pairs; item += THREADS) {
-    int pair = item % pairs, g = item / pairs % 8, block = item / pairs / 8, i = tile.m0 + 16 * block + g;
-    if (i >= tile.slot_q) continue;
-    float x[4] = {0, 0, 0, 0};
-    if (i < tile.len_q) fa_read_fragment(sum_gmem + block * 16 * args.dq_columns + pair / 4 * FA_FRAGMENT, 4 * g + pair % 4, x);
+  int items = FA_ROW_PAD / 2 * pairs;
+  for (int first = threadIdx.x; first < items; first += BATCH * THREADS) {
+    fa_lane_sum sum[BATCH];
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-      int row = i + 8 * r, used = row < tile.len_q;
-      if (row >= tile.slot_q) continue;
-      char *row_gmem = fa_head_base(&args.dq, ELEMENT_BYTES, tile.b, tile.h, tile.q_start + row);
-      fa_store_pair(row_gmem, args.dq.d, p->dim_qk, 2 * pair, used ? x[2 * r] * scale : 0.0f, used ? x[2 * r + 1] * scale : 0.0f);
+    for (int n = 0; n < BATCH; n++) { /* all on their way before the first is used */
+      int item = fa_min(first + n * THREADS, items - 1), pair = item % pairs, row = item / pairs;
+      sum[n] = fa_read_fragment(sum_gmem + row / 8 * 16 * args.dq_columns + pair / 4 * FA_FRAGMENT, row % 8 * 4 + pair % 4);
+    }
+#pragma unroll
+    for (int n = 0; n < BATCH; n++) {
+      int item = first + n * THREADS, pair = item % pairs, row = item / pairs, i = tile.m0 + row / 8 * 16 + row % 8;
+#pragma unroll
+      for (int r = 0; r < 2; r++, i += 8) {
+        if (item >= items || i >= tile.slot_q) continue;
+        char *row_gmem = fa_head_base(&args.dq, ELEMENT_BYTES, tile.b, tile.h, tile.q_start + i);
+        int used = i < tile.len_q;
+        fa_store_pair(row_gmem, args.dq.d, p->dim_qk, 2 * pair, used ? sum[n].x[2 * r] * scale : 0.0f,
+                      used ? sum[n].x[2 * r + 1] * scale : 0.0f);
+      }
     }
   }
 }

@@ -20,6 +20,9 @@
 
 #define THREADS 256
 #define LANES_OF_ROW 8
+#define LSE_FACTOR (DTYPE == FA_ARG_F64 || DTYPE == FA_ARG_F32 ? 1.0f : LOG2E)
+#define PASS_ROWS (THREADS / LANES_OF_ROW)
+#define PASSES (FA_ROW_PAD / PASS_ROWS)
 
 /* An element of out that is 0 takes nothing from dout, which may be NaN where a row sees nothing. */
 FA_INLINE REAL add_product(REAL sum, REAL out, REAL dout) { return out == 0 ? sum : sum + out * dout; }
@@ -47,22 +50,40 @@ FA_INLINE REAL add_chunk(REAL sum, chunk_words out, chunk_words dout) {
   return sum;
 }
 
-/* rowsum(dout * out), in all lanes of the row. */
-FA_INLINE REAL dot_of_row(const fa_gradient_args *args, const fa_tile *tile, int row, int part) {
-  const char *out_gmem = fa_head_base(&args->out, ELEMENT_BYTES, tile->b, tile->h, tile->q_start + row);
-  const char *dout_gmem = fa_head_base(&args->dout, ELEMENT_BYTES, tile->b, tile->h, tile->q_start + row);
+/* rowsum(dout * out) of a row of each pass, in all its lanes; a row that is not used is read where the tile starts. The rows of all passes are
+ * read before any is summed: what limits is how many loads are on their way. */
+FA_INLINE void dot_of_rows(REAL sum[PASSES], const fa_gradient_args *args, const fa_tile *tile, int part) {
+  const char *out_gmem[PASSES], *dout_gmem[PASSES];
   int dims = args->problem.dim_v;
-  REAL sum = 0;
+#pragma unroll
+  for (int pass = 0; pass < PASSES; pass++) {
+    int row = tile->m0 + threadIdx.x / LANES_OF_ROW + pass * PASS_ROWS, at = row < tile->len_q ? row : tile->m0;
+    out_gmem[pass] = fa_head_base(&args->out, ELEMENT_BYTES, tile->b, tile->h, tile->q_start + at);
+    dout_gmem[pass] = fa_head_base(&args->dout, ELEMENT_BYTES, tile->b, tile->h, tile->q_start + at);
+    sum[pass] = 0;
+  }
   if (ALIGNED) {
-    for (int chunk = part; chunk < dims / CHUNK_ELEMENTS; chunk += LANES_OF_ROW)
-      sum = add_chunk(sum, ((const chunk_words *)out_gmem)[chunk], ((const chunk_words *)dout_gmem)[chunk]);
+    for (int chunk = part; chunk < dims / CHUNK_ELEMENTS; chunk += LANES_OF_ROW) {
+      chunk_words out[PASSES], dout[PASSES];
+#pragma unroll
+      for (int pass = 0; pass < PASSES; pass++) {
+        out[pass] = ((const chunk_words *)out_gmem[pass])[chunk];
+        dout[pass] = ((const chunk_words *)dout_gmem[pass])[chunk];
+      }
+#pragma unroll
+      for (int pass = 0; pass < PASSES; pass++) sum[pass] = add_chunk(sum[pass], out[pass], dout[pass]);
+    }
   } else {
     for (int d = part; d < dims; d += LANES_OF_ROW)
-      sum = add_product(sum, fa_load_real(out_gmem, DTYPE, d * args->out.d), fa_load_real(dout_gmem, DTYPE, d * args->dout.d));
+#pragma unroll
+      for (int pass = 0; pass < PASSES; pass++)
+        sum[pass] = add_product(sum[pass], fa_load_real(out_gmem[pass], DTYPE, d * args->out.d),
+                                fa_load_real(dout_gmem[pass], DTYPE, d * args->dout.d));
   }
 #pragma unroll
-  for (int step = LANES_OF_ROW / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
-  return sum;
+  for (int pass = 0; pass < PASSES; pass++)
+#pragma unroll
+    for (int step = LANES_OF_ROW / 2; step > 0; step /= 2) sum[pass] += __shfl_xor_sync(0xFFFFFFFFu, sum[pass], step);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) bwd_prep(const __grid_constant__ fa_gradient_args args) {
@@ -70,19 +91,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) bwd_prep(const __grid_cons
   fa_tile tile;
   if (!fa_find_query_tile(p, args.pad_tiles, 1, FA_ROW_PAD, &tile) || tile.b == p->batch) return;
   int64_t workspace_row = fa_workspace_row(&args, tile.b, tile.h, tile.q_start) + tile.m0;
-  int part = threadIdx.x % LANES_OF_ROW;
+  int part = threadIdx.x % LANES_OF_ROW, row0 = threadIdx.x / LANES_OF_ROW;
+  REAL lse[PASSES], dlse[PASSES], delta[PASSES];
 #pragma unroll
-  for (int row = threadIdx.x / LANES_OF_ROW; row < FA_ROW_PAD; row += THREADS / LANES_OF_ROW) {
-    int i = tile.m0 + row, used = i < tile.len_q;
-    REAL delta = dot_of_row(&args, &tile, used ? i : tile.m0, part), lse = PLUS_INFINITY;
-    if (used) {
-      lse = *(const REAL *)fa_head_base(&args.lse, sizeof(REAL), tile.b, tile.h, tile.q_start + i);
-      lse = lse == fa_minus_infinity() ? (REAL)PLUS_INFINITY : DTYPE == FA_ARG_F64 || DTYPE == FA_ARG_F32 ? lse : lse * (REAL)LOG2E;
-      if (args.dlse.data) delta -= *(const REAL *)fa_head_base(&args.dlse, sizeof(REAL), tile.b, tile.h, tile.q_start + i);
-    }
+  for (int pass = 0; pass < PASSES; pass++) {
+    int i = tile.m0 + row0 + pass * PASS_ROWS, used = i < tile.len_q;
+    lse[pass] = used ? *(const REAL *)fa_head_base(&args.lse, sizeof(REAL), tile.b, tile.h, tile.q_start + i) : (REAL)PLUS_INFINITY;
+    dlse[pass] = used && args.dlse.data ? *(const REAL *)fa_head_base(&args.dlse, sizeof(REAL), tile.b, tile.h, tile.q_start + i) : 0;
+  }
+  dot_of_rows(delta, &args, &tile, part);
+#pragma unroll
+  for (int pass = 0; pass < PASSES; pass++) {
+    int64_t row = workspace_row + row0 + pass * PASS_ROWS;
+    int used = tile.m0 + row0 + pass * PASS_ROWS < tile.len_q;
     if (part != 0) continue;
-    ((REAL *)args.lse_rows)[workspace_row + row] = lse;
-    ((REAL *)args.delta_rows)[workspace_row + row] = used ? delta : 0;
+    ((REAL *)args.lse_rows)[row] = lse[pass] == fa_minus_infinity() ? (REAL)PLUS_INFINITY : lse[pass] * (REAL)LSE_FACTOR;
+    ((REAL *)args.delta_rows)[row] = used ? delta[pass] - dlse[pass] : 0;
   }
   if (args.dq_sum) {
     const chunk_words zeros = {{0, 0, 0, 0}};

@@ -21,9 +21,15 @@ FA_INLINE void fa_add_fragment(float *fragment_gmem, int lane, const float x[4])
   }
 }
 
-FA_INLINE void fa_read_fragment(const float *fragment_gmem, int lane, float x[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; i++) x[i] = fragment_gmem[FA_VECTOR_RED ? 4 * lane + i : 32 * i + lane];
+typedef struct __align__(16) {
+  float x[4];
+}
+fa_lane_sum;
+
+FA_INLINE fa_lane_sum fa_read_fragment(const float *fragment_gmem, int lane) {
+  if (FA_VECTOR_RED) return *(const fa_lane_sum *)(fragment_gmem + 4 * lane);
+  fa_lane_sum sum = {{fragment_gmem[lane], fragment_gmem[32 + lane], fragment_gmem[64 + lane], fragment_gmem[96 + lane]}};
+  return sum;
 }
 
 #endif

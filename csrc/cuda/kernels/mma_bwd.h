@@ -113,6 +113,18 @@ FA_INLINE uint32_t fa_flag_nonfinite(uint32_t *word) {
   return flags;
 }
 
+/* d += a b with b's finite part; NaN where `flags` is 1 and what b has of the rest meets an element of a that is not 0 (a_flags). */
+FA_INLINE void fa_mma_finite(float d[4], const fa_operand_a *a, const uint32_t a_flags[4], fa_operand_b b, int flags) {
+  float due[4] = {0, 0, 0, 0};
+  uint32_t b_flags[2] = {fa_flag_nonfinite(&b.r[0]), fa_flag_nonfinite(&b.r[1])};
+  fa_split_b(&b);
+  fa_mma(d, a, &b);
+  if (flags) fa_mma_exact(due, a_flags, b_flags);
+#pragma unroll
+  for (int e = 0; e < 4; e++)
+    if (due[e] > 0.0f) d[e] = __int_as_float(0x7fffffff);
+}
+
 /* fa_product, in which an element of A that is 0 takes nothing from B, not even NaN. B may hold what is not finite where A is not 0 if
  * `flags` is 1. */
 FA_INLINE void fa_product_exact(float acc[][4], int m_count, int n_count, int k, fa_tile_operand a_tile, fa_tile_operand b_tile,
@@ -121,7 +133,6 @@ FA_INLINE void fa_product_exact(float acc[][4], int m_count, int n_count, int k,
 #pragma unroll 1
   for (int step = 0; step < k / FA_STEP_ROWS; step++) {
     fa_operand_a a[4];
-    fa_operand_b b[2];
     uint32_t a_flags[4][4];
 #pragma unroll
     for (int m = 0; m < m_count; m++) {
@@ -131,19 +142,13 @@ FA_INLINE void fa_product_exact(float acc[][4], int m_count, int n_count, int k,
       fa_split_a(&a[m]);
     }
 #pragma unroll
-    for (int n = 0; n < n_count; n++) {
-      if (n % 2 == 0) fa_load_operand_b(b, b_tile, lane, 8 * n, step);
-      uint32_t b_flags[2] = {fa_flag_nonfinite(&b[n % 2].r[0]), fa_flag_nonfinite(&b[n % 2].r[1])};
-      fa_split_b(&b[n % 2]);
+    for (int n = 0; n < n_count; n += 2) {
+      fa_operand_b b[2];
+      fa_load_operand_b(b, b_tile, lane, 8 * n, step);
 #pragma unroll
-      for (int m = 0; m < m_count; m++) {
-        float due[4] = {0, 0, 0, 0}, *d = acc[m * n_count + n];
-        fa_mma(d, &a[m], &b[n % 2]);
-        if (flags) fa_mma_exact(due, a_flags[m], b_flags);
+      for (int half = 0; half < 2; half++)
 #pragma unroll
-        for (int e = 0; e < 4; e++)
-          if (due[e] > 0.0f) d[e] = __int_as_float(0x7fffffff);
-      }
+        for (int m = 0; m < m_count; m++) fa_mma_finite(acc[m * n_count + n + half], &a[m], a_flags[m], b[half], flags);
     }
   }
 }
@@ -175,6 +180,23 @@ FA_INLINE void fa_store_pair(char *row_gmem, int64_t dim_stride, int dims, int c
   } else {
     if (column < dims) fa_store_element(row_gmem + column * dim_stride * ELEMENT_BYTES, x);
     if (column + 1 < dims) fa_store_element(row_gmem + (column + 1) * dim_stride * ELEMENT_BYTES, y);
+  }
+}
+
+/* The four lanes of a row hold word `lane` of chunks 0 to 3 each; afterwards lane i holds the four words of chunk i. */
+FA_INLINE void fa_transpose_quad(uint32_t w[4]) {
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) {
+    int high = threadIdx.x & step;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (!(i & step)) {
+        uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, high ? w[i] : w[i + step], step);
+        if (high)
+          w[i] = other;
+        else
+          w[i + step] = other;
+      }
   }
 }
 

@@ -34,6 +34,10 @@ FA_INLINE uint32_t ld_shared_b32(uint32_t src_smem) {
   return r;
 }
 
+FA_INLINE void ld_shared_v2_f32(float x[2], uint32_t src_smem) {
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x[0]), "=f"(x[1]) : "r"(src_smem) : "memory");
+}
+
 FA_INLINE void ld_shared_v4(uint32_t r[4], uint32_t src_smem) {
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(src_smem) : "memory");
 }
@@ -54,6 +58,10 @@ FA_INLINE void ldmatrix_x4_trans(uint32_t r[4], uint32_t row_smem) {
                : "r"(row_smem)
                : "memory");
 }
+
+/* ---- named barriers, 0 is __syncthreads ---- */
+
+FA_INLINE void bar_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 /* ---- matrix products: d += a * b, with g = lane / 4 and q = lane % 4 ----
  *

@@ -36,9 +36,8 @@ FA_INLINE void mbarrier_wait_parity(uint32_t bar_smem, int parity) {
       : "memory");
 }
 
-/* ---- named barriers, 0 is __syncthreads ---- */
+/* ---- named barriers: see also bar_sync in ptx.h ---- */
 
-FA_INLINE void bar_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 FA_INLINE void bar_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 /* ---- TMA: boxes of a tensor of rank 4 from global to shared memory ---- */
