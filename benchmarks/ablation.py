@@ -31,6 +31,15 @@ WITHOUT = {
 }
 
 
+def techniques_of(constants: dict[str, int], workspace_bytes: int) -> dict[str, dict[str, int]]:
+    """Those of WITHOUT that a plan makes use of; the queue's counter is all that such a plan wants workspace for."""
+    return {
+        name: without
+        for name, without in WITHOUT.items()
+        if any(constants[constant] != value for constant, value in without.items()) and (name != "queue" or workspace_bytes > 0)
+    }
+
+
 def call_without(constants: dict[str, int], q: Tensor, k: Tensor, v: Tensor, causal: bool):
     def call() -> None:
         _C.override_constants(constants)
@@ -43,16 +52,11 @@ def measure(dim: int, causal: bool, seqlen: int, options: argparse.Namespace) ->
     sequences, heads = max(1, options.tokens // seqlen), max(1, options.width // dim)
     q, k, v = (torch.randn(sequences, seqlen, heads, dim, device="cuda", dtype=DTYPES[options.dtype]) for _ in range(3))
     plan = explain(q, k, v, causal=causal)
-    if plan["kernel"] != "fwd_sm90":
-        raise SystemExit(f"bench.py ablation is about fwd_sm90; here {plan['kernel']} would run")
-    used = {
-        name: constants
-        for name, constants in WITHOUT.items()
-        if any(plan["constants"][constant] != value for constant, value in constants.items())
-        and (name != "queue" or plan["workspace_bytes"] > 0)
-    }
+    if plan.kernel != "fwd_sm90":
+        raise SystemExit(f"bench.py ablation is about fwd_sm90; here {plan.kernel} would run")
     try:
-        calls = {name: call_without(constants, q, k, v, causal) for name, constants in {ALL: {}, **used}.items()}
+        variants = {ALL: {}, **techniques_of(plan.constants, plan.workspace_bytes)}
+        calls = {name: call_without(constants, q, k, v, causal) for name, constants in variants.items()}
         seconds = interleaved_medians(calls, "cuda", options.rounds, 0.02)
     finally:
         _C.override_constants({})

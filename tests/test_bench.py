@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from plan_tool import PlanTool
+
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -68,6 +70,16 @@ def test_cpu_speed(tmp_path) -> None:
     assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
     assert "mean ratio" in printed
     assert str(Path.home()) not in json.dumps(result)
+
+
+def test_ablation_switches_off_what_the_plan_uses(modules, tmp_path) -> None:
+    import ablation
+
+    plan = PlanTool(tmp_path)("H200", dtype=4, batch=16, heads_q=16, heads_k=16, seqlen_q=1024, seqlen_k=1024)
+    assert set(ablation.techniques_of(plan["constants"], plan["workspace_bytes"])) == set(ablation.WITHOUT) - {"queue"}
+    assert "queue" in ablation.techniques_of(plan["constants"], 256)
+    one_stage = {**plan["constants"], "Q_STAGES": 1, "TMA_STORE": 0}
+    assert not {"store by TMA", "second stage of Q"} & set(ablation.techniques_of(one_stage, 0))
 
 
 def test_host_cost(tmp_path) -> None:
