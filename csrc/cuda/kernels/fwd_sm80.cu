@@ -5,7 +5,7 @@
  *
  *            keys -->  n       n-1      n-2           each step, for one tile of BLOCK_N keys:
  *          +-------+-------+-------+-------+            S = Q K^T             tensor cores
- *   warp 0 |       |       |       |                    mask S                only on boundary tiles (general_step)
+ *   warp 0 |       |       |       |                    mask S                only on boundary tiles
  *   warp 1 |   S   |   S   |   S   |  ...               softmax               registers; rescales O
  *   ...    |       |       |       |                    O += P V              tensor cores, P from the registers of S
  *          +-------+-------+-------+-------+            at the end: O / sum, lse = max + log(sum)
@@ -23,13 +23,14 @@
  * arrives during Q K^T and the next K during softmax and P V, two barriers a tile.
  *
  * Registers a thread: O takes BLOCK_M / WARPS * DIM_V / 32, S takes BLOCK_M / WARPS * BLOCK_N / 32; csrc/cuda/tiles.def keeps their sum at
- * 160 or less of 255. What limits: the latency of mma.sync with two warps a scheduler (ncu: tensor pipe 45 % busy, most stalls are fixed latencies), then
- * its rate, about 0.62 of what wgmma reaches on sm_90, then the exponential. fp32: splitting operands into their TF32 terms, then the rate.
+ * 160 or less of 255. What limits (docs/kernels/fwd_sm80.md): each warp's own string of instructions, since two warps a scheduler hide half of the waiting
+ * only; at dims above 128, where a fragment of K or V serves one product, the reads of shared memory. mma.sync itself reaches 640 TFLOP/s on an H200.
+ * fp32: splitting operands into their TF32 terms, then the rate.
  *
  * What it takes, for bf16, equal dims, no feature of its own, compiled by NVRTC 13.0:
- *   sm_80   HEAD_DIM=64   255 registers   49152 bytes
- *   sm_80   HEAD_DIM=128  255 registers   69632 bytes
- *   sm_80   HEAD_DIM=256  247 registers   81920 bytes
+ *   sm_80   HEAD_DIM=64   248 registers   49152 bytes
+ *   sm_80   HEAD_DIM=128  253 registers   69632 bytes
+ *   sm_80   HEAD_DIM=256  248 registers   81920 bytes
  *   sm_120  HEAD_DIM=128  255 registers   69632 bytes
  *
  * A weight of 0 times a value of infinity or NaN is NaN, though the pair was masked. Nothing in the loop guards against that: when O
@@ -39,7 +40,7 @@
  * any of softcap, bias, mask, ALiBi, a scale that is not positive), DROPOUT, BLOCK_MASK.
  */
 #define REAL float
-#define STEP_UNROLL (DTYPE == 1 ? 2 : 64) /* fp32: more of them side by side take registers that O needs */
+#define CUT 1
 
 #include "mma.h"
 #include "score.h"
@@ -53,13 +54,14 @@
 #define V_FRAGS (DIM_V / 8)
 #define QK_STEPS (HEAD_DIM * ELEMENT_BYTES / 32)
 #define PV_STEPS (BLOCK_N / FA_STEP_ROWS)
+#define CHAIN (DTYPE == FA_ARG_F32 ? 4 : QK_STEPS) /* steps of Q K^T that tensor cores sum; see fa_mma_chain */
 #define Q_ROW_BYTES (HEAD_DIM * ELEMENT_BYTES)
 #define V_ROW_BYTES (DIM_V * ELEMENT_BYTES)
 #define Q_TILE_BYTES (BLOCK_M * Q_ROW_BYTES)
 #define K_TILE_BYTES (BLOCK_N * Q_ROW_BYTES)
 #define V_TILE_BYTES (BLOCK_N * V_ROW_BYTES)
-/* A copy of the loop without what most tiles do not need. In fp32 the products take so long that it saves nothing. */
-#define PLAIN_STEPS (!SCORE && !DROPOUT && ALIGNED && DTYPE != FA_ARG_F32)
+/* Q stays in registers where O and S leave room: a third fewer reads of shared memory in Q K^T at dim 64. */
+#define KEEP_Q (DTYPE != FA_ARG_F32 && !SCORE && !DROPOUT && M_FRAGS * QK_STEPS * 4 <= 32 && DIM_V <= 64)
 #define COLUMN0 ((int)blockIdx.y * DIM_V) /* first column of V and O of this CTA */
 #define O_PITCH (DIM_V + 8)               /* floats; eight apart, so that the quads of a warp write to different banks */
 
@@ -72,24 +74,50 @@ typedef struct {
 /* This lane. In fp32 opaque, since a product has so many addresses that carrying them around the loop takes registers that O needs. */
 FA_INLINE int product_lane() { return DTYPE == FA_ARG_F32 ? (int)fa_opaque(threadIdx.x % 32) : (int)threadIdx.x % 32; }
 
-/* S = Q K^T */
-FA_INLINE void scores(float s[M_FRAGS][N_FRAGS][4], uint32_t q_smem, int warp_row, uint32_t k_smem) {
+/* What the steps over the key tiles share. */
+typedef struct {
+  const fa_forward_args *args;
+  const fa_tile *tile;
+  uint32_t q_smem, k_smem, v_smem;
+  const char *k_gmem, *v_gmem; /* key 0 of the sequence */
+  int warp_row, row0;          /* the warp's first row: in the tile, in the sequence */
+  float to_log2;
+  fa_operand_a q[KEEP_Q ? QK_STEPS : 1][M_FRAGS]; /* Q, where it stays in registers */
+} walk_state;
+
+/* The warp's rows of one step of Q. */
+FA_INLINE void load_q(fa_operand_a q[M_FRAGS], const walk_state *a, fa_lane q_lane, int step) {
+#pragma unroll
+  for (int m = 0; m < M_FRAGS; m++) {
+    fa_load_a(&q[m], a->q_smem, q_lane, a->warp_row + 16 * m, step, Q_ROW_BYTES);
+    fa_split_a(&q[m]);
+  }
+}
+
+FA_INLINE void clear(float c[][4], int count) {
+#pragma unroll
+  for (int i = 0; i < count; i++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) c[i][e] = 0.0f;
+}
+
+FA_INLINE void add(float c[][4], float more[][4], int count) {
+#pragma unroll
+  for (int i = 0; i < count; i++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) c[i][e] += more[i][e];
+}
+
+/* S += steps `first` to first + CHAIN - 1 of Q K^T */
+FA_INLINE void add_scores(float s[M_FRAGS][N_FRAGS][4], const walk_state *a, uint32_t k_smem, int first) {
   int lane = product_lane();
   fa_lane q_lane = fa_lane_rows_first(lane, Q_ROW_BYTES), k_lane = fa_lane_chunks_first(lane, Q_ROW_BYTES);
 #pragma unroll
-  for (int m = 0; m < M_FRAGS; m++)
-#pragma unroll
-    for (int n = 0; n < N_FRAGS; n++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) s[m][n][e] = 0.0f;
-#pragma unroll STEP_UNROLL
-  for (int step = 0; step < QK_STEPS; step++) {
-    fa_operand_a q[M_FRAGS];
-#pragma unroll
-    for (int m = 0; m < M_FRAGS; m++) {
-      fa_load_a(&q[m], q_smem, q_lane, warp_row + 16 * m, step, Q_ROW_BYTES);
-      fa_split_a(&q[m]);
-    }
+  for (int i = 0; i < CHAIN; i++) {
+    int step = first + i;
+    fa_operand_a loaded[M_FRAGS];
+    const fa_operand_a *q = KEEP_Q ? a->q[i] : loaded;
+    if (!KEEP_Q) load_q(loaded, a, q_lane, step);
 #pragma unroll
     for (int n = 0; n < N_FRAGS; n += 2) {
       fa_operand_b k[2];
@@ -98,8 +126,27 @@ FA_INLINE void scores(float s[M_FRAGS][N_FRAGS][4], uint32_t q_smem, int warp_ro
       for (int half = 0; half < 2; half++) {
         fa_split_b(&k[half]);
 #pragma unroll
-        for (int m = 0; m < M_FRAGS; m++) fa_mma(s[m][n + half], &q[m], &k[half]);
+        for (int m = 0; m < M_FRAGS; m++) fa_mma_chain(s[m][n + half], &q[m], &k[half]);
       }
+    }
+  }
+}
+
+/* S = Q K^T */
+FA_INLINE void scores(float s[M_FRAGS][N_FRAGS][4], const walk_state *a, uint32_t k_smem) {
+#pragma unroll
+  for (int m = 0; m < M_FRAGS; m++) clear(s[m], N_FRAGS);
+  if (CHAIN == QK_STEPS) {
+    add_scores(s, a, k_smem, 0);
+  } else {
+#pragma unroll 1
+    for (int first = 0; first < QK_STEPS; first += CHAIN) {
+      float chain[M_FRAGS][N_FRAGS][4];
+#pragma unroll
+      for (int m = 0; m < M_FRAGS; m++) clear(chain[m], N_FRAGS);
+      add_scores(chain, a, k_smem, first);
+#pragma unroll
+      for (int m = 0; m < M_FRAGS; m++) add(s[m], chain[m], N_FRAGS);
     }
   }
 }
@@ -115,9 +162,9 @@ FA_INLINE void drop_weights(float s[N_FRAGS][4], const fa_arg_problem *p, fa_phi
   }
 }
 
-/* O += P V */
+/* O += P V, step by step: the first products wait for the first weights alone. */
 FA_INLINE void weigh_values(float o[M_FRAGS][V_FRAGS][4], float s[M_FRAGS][N_FRAGS][4], uint32_t v_smem) {
-  int lane = product_lane();
+  int lane = threadIdx.x % 32;
   fa_lane v_lane = fa_lane_rows_first(lane, V_ROW_BYTES);
 #pragma unroll
   for (int step = 0; step < PV_STEPS; step++) {
@@ -129,12 +176,40 @@ FA_INLINE void weigh_values(float o[M_FRAGS][V_FRAGS][4], float s[M_FRAGS][N_FRA
       fa_operand_b v[2];
       fa_load_b_columns(v, v_smem, v_lane, lane, step, pair, V_ROW_BYTES);
 #pragma unroll
+      for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int m = 0; m < M_FRAGS; m++) fa_mma_chain(o[m][2 * pair + half], &p[m], &v[half]);
+    }
+  }
+}
+
+/* The same in fp32, columns by columns: tensor cores sum a whole tile, which is added to O once. */
+FA_INLINE void weigh_values_f32(float o[M_FRAGS][V_FRAGS][4], float s[M_FRAGS][N_FRAGS][4], uint32_t v_smem) {
+  int lane = product_lane();
+  fa_lane v_lane = fa_lane_rows_first(lane, V_ROW_BYTES);
+  fa_operand_a p[PV_STEPS][M_FRAGS];
+#pragma unroll
+  for (int step = 0; step < PV_STEPS; step++)
+#pragma unroll
+    for (int m = 0; m < M_FRAGS; m++) fa_operand_from_accumulator(&p[step][m], s[m], step);
+#pragma unroll
+  for (int pair = 0; pair < V_FRAGS / 2; pair++) {
+    float chain[M_FRAGS][2][4];
+#pragma unroll
+    for (int m = 0; m < M_FRAGS; m++) clear(chain[m], 2);
+#pragma unroll
+    for (int step = 0; step < PV_STEPS; step++) {
+      fa_operand_b v[2];
+      fa_load_b_columns(v, v_smem, v_lane, lane, step, pair, V_ROW_BYTES);
+#pragma unroll
       for (int half = 0; half < 2; half++) {
         fa_split_b(&v[half]);
 #pragma unroll
-        for (int m = 0; m < M_FRAGS; m++) fa_mma(o[m][2 * pair + half], &p[m], &v[half]);
+        for (int m = 0; m < M_FRAGS; m++) fa_mma_chain(chain[m][half], &p[step][m], &v[half]);
       }
     }
+#pragma unroll
+    for (int m = 0; m < M_FRAGS; m++) add(&o[m][2 * pair], chain[m], 2);
   }
 }
 
@@ -169,22 +244,29 @@ FA_INLINE void reread_values(uint32_t v_smem, int pass) {
 
 /* ---- one query tile ---- */
 
-/* Scores become weights, in place; sum and O are rescaled to the new maxima, O only when one of the warp has moved. */
-FA_INLINE void weigh_scores(warp_state *w, float s[M_FRAGS][N_FRAGS][4], float to_log2) {
+/* Moves the running maxima to where they are, and with them the sums and O. */
+FA_INLINE void move_maxima(warp_state *w, float s[M_FRAGS][N_FRAGS][4], float to_log2) {
 #pragma unroll
   for (int m = 0; m < M_FRAGS; m++) {
     float rescale[2];
     fa_move_maxima(s[m], N_FRAGS, to_log2, w->max[m], rescale);
 #pragma unroll
     for (int r = 0; r < 2; r++) w->sum[m][r] *= rescale[r];
-    if (__any_sync(0xFFFFFFFFu, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
 #pragma unroll
-      for (int d = 0; d < V_FRAGS; d++)
+    for (int d = 0; d < V_FRAGS; d++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) w->o[m][d][e] *= rescale[e >> 1];
-    }
-    fa_weigh(s[m], N_FRAGS, to_log2, w->max[m], w->sum[m]);
+      for (int e = 0; e < 4; e++) w->o[m][d][e] *= rescale[e >> 1];
   }
+}
+
+/* Scores become weights, in place. Lanes exchange maxima only when a vote says that one has to move. */
+FA_INLINE void weigh_scores(warp_state *w, float s[M_FRAGS][N_FRAGS][4], float to_log2) {
+  int stay = 1;
+#pragma unroll
+  for (int m = 0; m < M_FRAGS; m++) stay &= fa_maxima_may_stay(s[m], N_FRAGS, to_log2, w->max[m]);
+  if (!__all_sync(0xFFFFFFFFu, stay)) move_maxima(w, s, to_log2);
+#pragma unroll
+  for (int m = 0; m < M_FRAGS; m++) fa_weigh(s[m], N_FRAGS, to_log2, w->max[m], w->sum[m]);
 }
 
 /* The key tiles of this CTA, [first, last]: those that some row sees, or its split's share of them. */
@@ -195,16 +277,6 @@ FA_INLINE void key_tiles(const fa_forward_args *args, const fa_tile *tile, int m
   *first = begin + tile->split * share;
   *last = fa_min(end, *first + share) - 1;
 }
-
-/* What the steps over the key tiles share. */
-typedef struct {
-  const fa_forward_args *args;
-  const fa_tile *tile;
-  uint32_t q_smem, k_smem, v_smem;
-  const char *k_gmem, *v_gmem; /* key 0 of the sequence */
-  int warp_row, row0;          /* the warp's first row: in the tile, in the sequence */
-  float to_log2;
-} walk_state;
 
 FA_INLINE void load_k(const walk_state *a, int n, int stage) {
   const fa_arg_view *k = &a->args->k;
@@ -241,44 +313,37 @@ FA_INLINE void middle_of_step(const walk_state *a, int next) {
   }
 }
 
-/* A tile that every row of the CTA sees as a whole: straight code. */
-FA_INLINE void plain_step(warp_state *w, const walk_state *a, int n, int next, int stage) {
-  float s[M_FRAGS][N_FRAGS][4];
-  begin_step(a, n, next, stage);
-  scores(s, a->q_smem, a->warp_row, a->k_smem + stage * K_TILE_BYTES);
-  middle_of_step(a, next);
-  weigh_scores(w, s, a->to_log2);
-  weigh_values(w->o, s, a->v_smem + stage * V_TILE_BYTES);
-}
-
-/* Any tile, any feature, any pass. */
-FA_INLINE void general_step(warp_state *w, const walk_state *a, const fa_score_head *head, fa_philox_key key, int n, int next, int stage,
-                            int pass) {
+/* One tile of keys. `whole`: every row of the CTA sees all of it. */
+FA_INLINE void key_step(warp_state *w, const walk_state *a, const fa_score_head *head, fa_philox_key key, int n, int next, int stage,
+                        int whole, int pass) {
   const fa_arg_problem *p = &a->args->problem;
   const fa_tile *tile = a->tile;
-  int lane = threadIdx.x % 32, n0 = n * BLOCK_N, row1 = fa_min(a->row0 + WARP_ROWS, tile->len_q);
-  fa_range visited = fa_visited_keys(p->rule, tile->len_q, tile->len_k, a->row0, row1);
-  fa_range unmasked = fa_unmasked_keys(p->rule, tile->len_q, tile->len_k, a->row0, row1);
-  int seen = a->row0 < row1 && n0 < visited.hi && n0 + BLOCK_N > visited.lo;
+  int lane = threadIdx.x % 32, n0 = n * BLOCK_N;
   float s[M_FRAGS][N_FRAGS][4];
 
   begin_step(a, n, next, stage);
   if (STAGES == 2 && pass != PLAIN) reread_values(a->v_smem + stage * V_TILE_BYTES, pass);
-  if (STAGES == 2 && !seen) return; /* no barrier is left in this step; with one stage the tile is computed and masked as a whole */
-  scores(s, a->q_smem, a->warp_row, a->k_smem + stage * K_TILE_BYTES);
+  if (STAGES == 2 && !whole) { /* no barrier is left in this step; with one stage the tile is computed and masked as a whole */
+    int row1 = fa_min(a->row0 + WARP_ROWS, tile->len_q);
+    fa_range visited = fa_visited_keys(p->rule, tile->len_q, tile->len_k, a->row0, row1);
+    if (a->row0 >= row1 || n0 >= visited.hi || n0 + BLOCK_N <= visited.lo) return;
+  }
+  scores(s, a, a->k_smem + stage * K_TILE_BYTES);
   middle_of_step(a, next);
   if (STAGES == 1 && pass != PLAIN) reread_values(a->v_smem, pass);
 #pragma unroll
   for (int m = 0; m < M_FRAGS; m++) {
     if (SCORE) fa_change_scores(s[m], 0, N_FRAGS, p, head, tile->len_q, tile->len_k, a->row0 + 16 * m + lane / 4, n0 + 2 * (lane & 3));
-    if (n0 < unmasked.lo || n0 + BLOCK_N > unmasked.hi)
-      fa_mask_fragments(s[m], N_FRAGS, p->rule, tile->len_q, tile->len_k, a->row0 + 16 * m, n0);
+    if (!whole) fa_mask_fragments(s[m], N_FRAGS, p->rule, tile->len_q, tile->len_k, a->row0 + 16 * m, n0);
   }
   weigh_scores(w, s, a->to_log2);
 #pragma unroll
   for (int m = 0; m < M_FRAGS; m++)
     if (DROPOUT) drop_weights(s[m], p, key, tile, a->row0 + 16 * m, n0);
-  weigh_values(w->o, s, a->v_smem + stage * V_TILE_BYTES);
+  if (DTYPE == FA_ARG_F32)
+    weigh_values_f32(w->o, s, a->v_smem + stage * V_TILE_BYTES);
+  else
+    weigh_values(w->o, s, a->v_smem + stage * V_TILE_BYTES);
 }
 
 /* Walks over the key tiles with O, max and sum in registers. */
@@ -288,10 +353,7 @@ FA_INLINE void attend(warp_state *w, const fa_forward_args *args, const fa_tile 
   for (int m = 0; m < M_FRAGS; m++) {
 #pragma unroll
     for (int r = 0; r < 2; r++) w->max[m][r] = MINUS_INFINITY, w->sum[m][r] = 0.0f;
-#pragma unroll
-    for (int d = 0; d < V_FRAGS; d++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) w->o[m][d][e] = 0.0f;
+    clear(w->o[m], V_FRAGS);
   }
 
   int first, last, stage = 0, m1 = fa_min(tile->m0 + BLOCK_M, tile->len_q);
@@ -314,19 +376,24 @@ FA_INLINE void attend(warp_state *w, const fa_forward_args *args, const fa_tile 
 
   fa_load_tile(a.q_smem, fa_head_base(&args->q, ELEMENT_BYTES, tile->b, tile->h, tile->q_start + tile->m0), &args->q,
                tile->len_q - tile->m0, p->dim_qk, BLOCK_M, HEAD_DIM, THREADS);
+  if (KEEP_Q) cp_async_commit_group();
   load_k(&a, n, 0);
   if (STAGES == 2) load_v(&a, n, 0);
   cp_async_commit_group();
+  if (KEEP_Q) {
+    cp_async_wait_group(1);
+    __syncthreads(); /* Q has landed for all */
+    fa_lane q_lane = fa_lane_rows_first(product_lane(), Q_ROW_BYTES);
+#pragma unroll
+    for (int step = 0; step < QK_STEPS; step++) load_q(a.q[KEEP_Q ? step : 0], &a, q_lane, step);
+  }
 
   /* Tiles [lo, hi) are visible as a whole, to all rows. */
   fa_range unmasked = fa_unmasked_keys(p->rule, tile->len_q, tile->len_k, tile->m0, m1);
-  int lo = (fa_max(unmasked.lo, 0) + BLOCK_N - 1) / BLOCK_N, hi = PLAIN_STEPS && pass == PLAIN ? fa_max(unmasked.hi, 0) / BLOCK_N : 0;
+  int lo = (fa_max(unmasked.lo, 0) + BLOCK_N - 1) / BLOCK_N, hi = fa_max(unmasked.hi, 0) / BLOCK_N;
   while (n >= 0) {
     int next = BLOCK_MASK ? fa_walk_next(&walk) : n > first ? n - 1 : -1;
-    if (PLAIN_STEPS && n >= lo && n < hi)
-      plain_step(w, &a, n, next, stage);
-    else
-      general_step(w, &a, &head, key, n, next, stage, pass);
+    key_step(w, &a, &head, key, n, next, stage, n >= lo && n < hi, pass);
     if (STAGES == 2) stage ^= 1;
     n = next;
   }
@@ -361,7 +428,7 @@ FA_INLINE void store_one(const row_target *t, int64_t at, float x) {
 FA_INLINE void store_rows(const row_target *t, const float *o_smem, int row0, int end) {
   int lane = threadIdx.x % 32, rows = fa_min(WARP_ROWS, end - row0);
   int64_t at = row0 * t->row_stride + lane * t->dim_stride;
-#pragma unroll 4
+#pragma unroll 2
   for (int i = 0; i < rows; i++, at += t->row_stride)
 #pragma unroll
     for (int c = 0; c < DIM_V; c += 32)
@@ -371,7 +438,7 @@ FA_INLINE void store_rows(const row_target *t, const float *o_smem, int row0, in
 /* Whole 16-byte chunks: the warp's rows from a tile of out's type in shared memory. */
 FA_INLINE void store_chunks(const row_target *t, uint32_t o_smem, int warp_row, int row0, int end) {
   int lane = threadIdx.x % 32, row_chunks = V_ROW_BYTES / 16;
-#pragma unroll
+#pragma unroll 4
   for (int i = 0; i < WARP_ROWS * row_chunks / 32; i++) {
     int row = (lane + 32 * i) / row_chunks, chunk = (lane + 32 * i) % row_chunks;
     uint32_t r[4];
@@ -382,20 +449,29 @@ FA_INLINE void store_chunks(const row_target *t, uint32_t o_smem, int warp_row, 
   }
 }
 
-/* One row of a lane's fragments, times `factor`, into a tile of out's type. A factor of 0 makes zeros of everything. */
-FA_INLINE void stage_row(uint32_t o_smem, int row, float o[V_FRAGS][4], int r, float factor) {
+/* Fragment m of O into a tile of out's type. */
+FA_INLINE void stage_chunks(uint32_t o_smem, int row, float o[V_FRAGS][4]) {
   int quad = threadIdx.x % 4;
 #pragma unroll
   for (int d = 0; d < V_FRAGS; d++) {
-    float x = factor == 0.0f ? 0.0f : o[d][2 * r] * factor, y = factor == 0.0f ? 0.0f : o[d][2 * r + 1] * factor;
-    if (DTYPE == FA_ARG_F32) {
-      uint32_t at = fa_chunk_address(o_smem, row, 2 * d + (quad >> 1), V_ROW_BYTES) + (quad & 1) * 8;
-      st_shared_b32(at, __float_as_uint(x));
-      st_shared_b32(at + 4, __float_as_uint(y));
-    } else {
-      st_shared_b32(fa_chunk_address(o_smem, row, d, V_ROW_BYTES) + quad * 4, fa_pack(x, y));
+    int chunk = DTYPE == FA_ARG_F32 ? 2 * d + (quad >> 1) : d, byte = DTYPE == FA_ARG_F32 ? (quad & 1) * 8 : quad * 4;
+    uint32_t at = fa_chunk_address(o_smem, row, chunk, V_ROW_BYTES) + byte;
+#pragma unroll
+    for (int r = 0; r < 2; r++) { /* rows 8 apart are swizzled alike */
+      float x = o[d][2 * r], y = o[d][2 * r + 1];
+      st_shared_b32(at + 8 * r * V_ROW_BYTES, DTYPE == FA_ARG_F32 ? __float_as_uint(x) : fa_pack(x, y));
+      if (DTYPE == FA_ARG_F32) st_shared_b32(at + 8 * r * V_ROW_BYTES + 4, __float_as_uint(y));
     }
   }
+}
+
+/* Fragment m of O as f32, row after row. */
+FA_INLINE void stage_rows(float *o_smem, float o[V_FRAGS][4]) {
+  int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int d = 0; d < V_FRAGS; d++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) o_smem[(8 * (e >> 1) + lane / 4) * O_PITCH + 8 * d + 2 * (lane & 3) + (e & 1)] = o[d][e];
 }
 
 /* Passes ABOVE and BELOW: an infinity where O, a sum of weights of infinite values, is positive. A lane touches what it has stored itself. */
@@ -412,48 +488,59 @@ FA_INLINE void store_infinities(const row_target *t, const float *o_smem, int ro
     }
 }
 
-/* Divides by the sums and writes out and lse, or this split's part of them, through shared memory. Rows past len_q that have a place in the
- * tensors get 0 and -infinity. */
+/* Row r of fragment m is finished: O is divided by its sum, and its lse is returned. Rows past len_q count as rows that have seen nothing: O
+ * becomes 0 whatever it was, and lse -infinity. */
+FA_INLINE float finish_row(warp_state *w, int m, int r, int used, float sink, float keep_scale) {
+  float sum = fa_quad_sum(w->sum[m][r]), lse = used ? fa_log_sum_exp(w->max[m][r], sum) : MINUS_INFINITY;
+  float factor = sum == 0.0f || !used ? 0.0f : keep_scale * (DTYPE == FA_ARG_F32 ? 1.0f / sum : __fdividef(1.0f, sum));
+  if (used && sink != MINUS_INFINITY) { /* one more term of the sum, relative to the larger of the two */
+    float larger = fmaxf(lse, sink), kept = ex2_approx((lse - larger) * LOG2E), total = kept + ex2_approx((sink - larger) * LOG2E);
+    factor *= kept / total;
+    lse = larger + __logf(total);
+  }
+#pragma unroll
+  for (int d = 0; d < V_FRAGS; d++)
+#pragma unroll
+    for (int e = 2 * r; e < 2 * r + 2; e++) w->o[m][d][e] = factor == 0.0f ? 0.0f : w->o[m][d][e] * factor;
+  return lse;
+}
+
+/* Where out, or this split's part of it, goes. */
+FA_INLINE row_target find_target(const fa_forward_args *args, const fa_tile *tile, int64_t part) {
+  int dims = fa_min(args->problem.dim_v - COLUMN0, DIM_V);
+  if (args->splits > 1) {
+    row_target f32 = {(char *)args->partial_out + (part * args->problem.dim_v + COLUMN0) * 4, args->problem.dim_v, 1, dims, 1};
+    return f32;
+  }
+  char *out_gmem = fa_head_base(&args->out, ELEMENT_BYTES, tile->b, tile->h, tile->q_start) + COLUMN0 * args->out.d * ELEMENT_BYTES;
+  row_target out = {out_gmem, args->out.s, args->out.d, dims, DTYPE == FA_ARG_F32};
+  return out;
+}
+
+/* Writes out and lse, or this split's part of them, through shared memory. Rows past len_q that have a place in the tensors are written too. */
 FA_INLINE void finish(warp_state *w, const fa_forward_args *args, const fa_tile *tile, unsigned char *shared, int pass) {
   const fa_arg_problem *p = &args->problem;
   int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * WARP_ROWS, row0 = tile->m0 + warp_row, partial = args->splits > 1;
   int64_t part = tile->split * fa_statistics_rows(p) + fa_statistics_row(p, tile, 0);
   char *lse_gmem = partial ? (char *)args->partial_lse + part * 4 : fa_head_base(&args->lse, 4, tile->b, tile->h, tile->q_start);
   int64_t lse_stride = partial ? 1 : args->lse.s;
-  float sink = partial ? MINUS_INFINITY : fa_sink_of_head(p, tile->h);
-  int dims = fa_min(p->dim_v - COLUMN0, DIM_V);
-  char *out_gmem = fa_head_base(&args->out, ELEMENT_BYTES, tile->b, tile->h, tile->q_start) + COLUMN0 * args->out.d * ELEMENT_BYTES;
-  row_target target = {out_gmem, args->out.s, args->out.d, dims, DTYPE == FA_ARG_F32};
-  int whole_chunks = !partial && pass <= FINITE && target.dim_stride == 1 && dims % CHUNK_ELEMENTS == 0 &&
+  float sink = partial ? MINUS_INFINITY : fa_sink_of_head(p, tile->h), keep_scale = DROPOUT ? (float)p->keep_scale : 1.0f;
+  row_target target = find_target(args, tile, part);
+  int whole_chunks = !partial && pass <= FINITE && target.dim_stride == 1 && target.dims % CHUNK_ELEMENTS == 0 &&
                      target.row_stride % CHUNK_ELEMENTS == 0 && (uint64_t)target.row0_gmem % 16 == 0;
   float *o_smem = (float *)shared + warp_row * O_PITCH;
 #pragma unroll
-  for (int m = 0; m < M_FRAGS; m++)
+  for (int m = 0; m < M_FRAGS; m++) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      int row = 16 * m + (lane >> 2) + 8 * r, used = row0 + row < tile->len_q;
-      float sum = fa_quad_sum(w->sum[m][r]), lse = used ? fa_log_sum_exp(w->max[m][r], sum) : MINUS_INFINITY;
-      float factor = sum == 0.0f || !used ? 0.0f : 1.0f / sum;
-      if (DROPOUT) factor *= (float)p->keep_scale;
-      if (used && sink != MINUS_INFINITY) { /* one more term of the sum, relative to the larger of the two */
-        float larger = fmaxf(lse, sink), kept = ex2_approx((lse - larger) * LOG2E), total = kept + ex2_approx((sink - larger) * LOG2E);
-        factor *= kept / total;
-        lse = larger + __logf(total);
-      }
-      if (lane % 4 == 0 && row0 + row < tile->slot_q) ((float *)lse_gmem)[(row0 + row) * lse_stride] = lse;
-      if (whole_chunks) {
-        stage_row(smem_address(shared), warp_row + row, w->o[m], r, factor);
-      } else {
-#pragma unroll
-        for (int d = 0; d < V_FRAGS; d++)
-#pragma unroll
-          for (int e = 0; e < 2; e++)
-            o_smem[row * O_PITCH + 8 * d + 2 * (lane & 3) + e] = factor == 0.0f ? 0.0f : w->o[m][d][2 * r + e] * factor;
-      }
+      int row = row0 + 16 * m + (lane >> 2) + 8 * r;
+      float lse = finish_row(w, m, r, row < tile->len_q, sink, keep_scale);
+      if (lane % 4 == 0 && row < tile->slot_q) ((float *)lse_gmem)[row * lse_stride] = lse;
     }
-  if (partial) {
-    row_target f32 = {(char *)args->partial_out + (part * p->dim_v + COLUMN0) * 4, p->dim_v, 1, dims, 1};
-    target = f32;
+    if (whole_chunks)
+      stage_chunks(smem_address(shared), warp_row + 16 * m + (lane >> 2), w->o[m]);
+    else
+      stage_rows(o_smem + 16 * m * O_PITCH, w->o[m]);
   }
   __syncwarp(); /* a warp reads back its own rows only; all warps of a CTA use the same one of the two layouts */
   if (whole_chunks)

@@ -2,6 +2,8 @@
  *
  * fp32 goes to the tensor cores as x = big + small, both with TF32's 10 mantissa bits: big * big + big * small + small * big leaves out
  * small * small, 2^-22 of the product, so the error is that of fp32 arithmetic.
+ *
+ * Expects the constant CUT: 1: big is x cut to TF32, one instruction less than x rounded, at a mean error about a tenth larger.
  */
 #ifndef FA_MMA_H
 #define FA_MMA_H
@@ -16,13 +18,19 @@ typedef struct {
   uint32_t r[2], small[2];
 } fa_operand_b;
 
-#define STRETCH 1.000338f /* 1 + 2^-11 / 1.44: what cutting a mantissa, 1.44 on average, to 10 bits takes from it */
+#ifndef CUT
+#define CUT 0
+#endif
 
-/* x becomes its TF32 part, *small the rest. x is rounded by hand: the conversion instruction is four. Tensor cores cut `small` to TF32 toward
- * zero, which STRETCH makes up for on average. A NaN that rounding wraps to zero stays one in `small`. */
+/* What `small` is multiplied with, to make up on average for what is lost: tensor cores cut it to 10 bits of its mantissa, 1.44 on average: 2^-11 /
+ * 1.44 of it. Where big is cut too, small has the sign of x, and leaving out small * small always takes from the product: as much again. */
+#define STRETCH (CUT ? 1.0008f : 1.000338f)
+
+/* x becomes its TF32 part, *small the rest. x is rounded by hand: the conversion instruction is four. A NaN that rounding wraps to zero, or
+ * cutting turns into infinity, stays one in `small`. */
 FA_INLINE void fa_split(uint32_t *x, uint32_t *small) {
   float whole = __uint_as_float(*x);
-  *x = (*x + 0x1000u) & 0xFFFFE000u;
+  *x = (CUT ? *x : *x + 0x1000u) & 0xFFFFE000u;
   *small = __float_as_uint((whole - __uint_as_float(*x)) * STRETCH);
 }
 
@@ -50,18 +58,24 @@ FA_INLINE void fa_mma_exact(float d[4], const uint32_t a[4], const uint32_t b[2]
     mma_m16n8k16_f16(d, a, b);
 }
 
-/* d += a * b; the small terms first. Tensor cores round sums toward zero, so in fp32 a long sum of theirs would drift: they sum one step, and
- * an ordinary addition, which rounds to nearest, takes it to d. */
+/* d += a * b; the small terms first. Tensor cores round sums toward zero, so in fp32 a long sum of theirs would drift: for a few steps. */
+FA_INLINE void fa_mma_chain(float d[4], const fa_operand_a *a, const fa_operand_b *b) {
+  if (DTYPE == FA_ARG_F32) {
+    fa_mma_exact(d, a->r, b->small);
+    fa_mma_exact(d, a->small, b->r);
+  }
+  fa_mma_exact(d, a->r, b->r);
+}
+
+/* d += a * b for any number of steps: in fp32 tensor cores sum one step, and an ordinary addition, which rounds to nearest, takes it to d. */
 FA_INLINE void fa_mma(float d[4], const fa_operand_a *a, const fa_operand_b *b) {
   if (DTYPE == FA_ARG_F32) {
     float step[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    fa_mma_exact(step, a->r, b->small);
-    fa_mma_exact(step, a->small, b->r);
-    fa_mma_exact(step, a->r, b->r);
+    fa_mma_chain(step, a, b);
 #pragma unroll
     for (int e = 0; e < 4; e++) d[e] += step[e];
   } else {
-    fa_mma_exact(d, a->r, b->r);
+    fa_mma_chain(d, a, b);
   }
 }
 

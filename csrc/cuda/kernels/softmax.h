@@ -42,6 +42,17 @@ FA_INLINE void fa_move_maxima(float s[][4], int count, float to_log2, float max[
   }
 }
 
+/* Whether the running maxima of two rows may stay, as far as this lane sees: none of its scores exceeds its row's by more than LAZY. Positive floats
+ * compare like integers, of which newer GPUs take the maximum of three at a time; 0 stands for the scores below it. */
+FA_INLINE int fa_maxima_may_stay(float s[][4], int count, float to_log2, const float max[2]) {
+  int top[2] = {0, 0};
+#pragma unroll
+  for (int n = 0; n < count; n++)
+#pragma unroll
+    for (int r = 0; r < 2; r++) top[r] = fa_max(fa_max(__float_as_int(s[n][2 * r]), __float_as_int(s[n][2 * r + 1])), top[r]);
+  return __int_as_float(top[0]) * to_log2 <= max[0] + LAZY && __int_as_float(top[1]) * to_log2 <= max[1] + LAZY;
+}
+
 /* Scores become weights exp2(score * to_log2 - max), and sum[] grows by this lane's part of them. A row that has seen no key has the
  * maximum -infinity: its weights are exp2(-infinity - 0) = 0. */
 FA_INLINE void fa_weigh(float s[][4], int count, float to_log2, const float max[2], float sum[2]) {
