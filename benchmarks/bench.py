@@ -11,6 +11,7 @@ import torch
 
 import ablation
 import accuracy
+import features
 import host
 import masks
 import speed
@@ -27,6 +28,7 @@ COMMANDS = {
     "bwd": ("backward rates on this GPU, beside cuDNN's and others", lambda p: speed.add_options(p, "cuda"), speed.gpu_backward, "cuda"),
     "masks": ("forward rates of windows, block masks, packed sequences", masks.add_options, masks.run, "cuda"),
     "ablation": ("what each technique of the Hopper kernel is worth", ablation.add_options, ablation.run, "cuda"),
+    "features": ("forward rates with bias, mask, dropout; of few query rows", features.add_options, features.run, "cuda"),
     "readme": ("put the results into README.md", lambda p: None, summary.run, None),
 }
 

@@ -65,7 +65,12 @@ def test_infinite_values_reach_the_rows_that_see_them(dim: int) -> None:
 
 BF16, GQA8 = {"dtype": "bfloat16"}, {"heads_q": 8, "heads_k": 1}
 FEATURES = [
-    Case("bias", dtype="float16", batch=1, seqlen_q=200, seqlen_k=300, dim_qk=64, bias="hmn", causal=True),
+    Case("bias_by_element", dtype="float16", batch=1, seqlen_q=200, seqlen_k=300, dim_qk=64, bias="hmn", causal=True),
+    Case("bias", dtype="float16", batch=3, seqlen_q=140, seqlen_k=296, dim_qk=64, bias="hmn", causal=True),
+    Case("bias_of_keys", **BF16, seqlen_q=70, seqlen_k=200, dim_qk=128, bias="bn", softcap=3.0),
+    Case("wide_bias", **BF16, batch=1, seqlen_q=70, seqlen_k=200, dim_qk=192, bias="bmn", window=(50, 20)),
+    Case("mask_of_heads", dtype="float16", seqlen_q=140, seqlen_k=304, dim_qk=64, mask="bmn", alibi="h"),
+    Case("mask_of_keys", **BF16, batch=1, seqlen_q=70, seqlen_k=208, dim_qk=256, mask="bn"),
     Case("bias_f32_and_mask", **BF16, seqlen_q=130, seqlen_k=150, dim_qk=128, bias="bn", bias_dtype="float32", mask="hmn", softcap=3.0),
     Case("mask", **BF16, batch=1, seqlen_q=70, seqlen_k=300, dim_qk=64, mask="bm", window=(90, 20)),
     Case("dropout", dtype="float16", seqlen_q=140, seqlen_k=270, dim_qk=64, dropout=0.3, causal=True),
@@ -77,6 +82,8 @@ FEW_ROWS = [
     Case("one_row_of_a_group", **BF16, batch=1, seqlen_q=1, seqlen_k=900, dim_qk=64, **GQA8, causal=True, sinks=True),
     Case("group_of_three", dtype="float16", batch=1, seqlen_q=5, seqlen_k=700, dim_qk=128, heads_q=6, heads_k=2, alibi="h", bias="hn"),
     Case("group_of_eight", **BF16, batch=1, seqlen_q=37, seqlen_k=400, dim_qk=128, **GQA8, window=(90, 9), dropout=0.2, mask="mn"),
+    Case("group_with_bias", **BF16, batch=2, seqlen_q=9, seqlen_k=520, dim_qk=128, **GQA8, bias="hn"),
+    Case("group_with_mask", **BF16, batch=1, seqlen_q=70, seqlen_k=512, dim_qk=64, heads_q=3, heads_k=1, mask="hmn", causal=True),
     Case("packed_group", **BF16, dim_qk=128, **GQA8, lengths=((3, 300), (0, 13), (50, 260), (2, 0)), causal=True, sinks=True),
     Case("used_part_of_a_group", **BF16, seqlen_q=20, seqlen_k=500, dim_qk=64, dim_v=128, **GQA8, seqused="qk"),
     Case("split_tiles", **BF16, batch=1, heads_q=2, heads_k=2, seqlen_q=150, seqlen_k=2000, dim_qk=64, causal=True),

@@ -77,7 +77,7 @@ def test_the_hopper_kernel_runs_unless_there_is_a_reason(plan, words: dict, reas
 def test_a_lone_head_is_split_until_the_gpu_is_full(plan, gpu: str) -> None:
     found = plan(gpu, batch=1, heads_q=1, seqlen_q=128, seqlen_k=65536)
     sms = DEVICES[gpu][0]
-    fewest, most = (0.9 * sms, sms) if found["kernel"] == "fwd_sm90" else (sms + 1, 2 * sms)  # persistent: one CTA an SM
+    fewest, most = (0.5 * sms, sms) if found["kernel"] == "fwd_sm90" else (sms + 1, 2 * sms)  # persistent: one CTA an SM
     assert fewest <= found["ctas"] <= most and found["splits"] == found["ctas"]
     assert found["workspace_bytes"] >= found["splits"] * 128 * (128 + 1) * 4
     assert any("split" in note for note in found["notes"])

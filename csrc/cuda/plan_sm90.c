@@ -5,12 +5,12 @@
 #include <string.h>
 
 typedef struct {
-  int dim_qk, dim_v, masking, features, varlen, block, keys, tiles, warpgroups, block_n, stages, q_stages, turns;
+  int dim_qk, dim_v, masking, features, varlen, block, few, keys, tiles, warpgroups, block_n, stages, q_stages, turns;
 } tile_row;
 
 static const tile_row tile_rows[] = {
-#define FA_SM90_TILE(qk, v, masking, features, varlen, block, keys, tiles, wg, n, kv, q, turns) \
-  {qk, v, masking, features, varlen, block, keys, tiles, wg, n, kv, q, turns},
+#define FA_SM90_TILE(qk, v, masking, features, varlen, block, few, keys, tiles, wg, n, kv, q, turns) \
+  {qk, v, masking, features, varlen, block, few, keys, tiles, wg, n, kv, q, turns},
 #include "tiles_sm90.def"
 #undef FA_SM90_TILE
 };
@@ -24,9 +24,13 @@ enum {
   SHIFT_BYTES = 4096, /* of a warp */
   MAX_PACK_LOG2 = 6,  /* a warpgroup's rows hold at least one position */
   MAX_SPLITS = 128,
-  /* In units of one key block's time: what a tile takes besides its blocks, and what combining the parts of split keys takes. */
-  TILE_COST = 3,
-  COMBINE_COST = 5,
+  /* For the choice of splits, as measured on an H200. In units of the time that an SM takes for a key block: what a tile takes besides its blocks, and
+   * what combining parts takes besides their bytes; the bytes that an SM gets from memory in that time while all others load too; how much slower
+   * the parts move. */
+  TILE_COST = 2,
+  COMBINE_COST = 6,
+  BYTES_OF_BLOCK_TIME = 34 << 10,
+  COMBINE_SLOWNESS = 2,
 };
 
 /* What a tile must have registers for. */
@@ -85,6 +89,13 @@ static int divides_blocks(const fa_problem *p, const tile_row *t) {
 /* Tiles are of unequal length. */
 static int is_uneven(const fa_problem *p) { return has_masking(p) || has_varlen(p) || has_blocks(p); }
 
+/* The rows of a sequence and group fit one warpgroup, which then has the SM's shared memory for the loads of keys. */
+static int has_few_rows(const fa_problem *p) {
+  int padded = 1;
+  while (padded < p->group) padded *= 2;
+  return (int64_t)p->seqlen_q * padded <= QUERY_ROWS;
+}
+
 static int64_t tiles_in_all(const fa_problem *p, const tile_row *t) {
   return fa_sequence_tiles(p, p->total_q, p->seqlen_q, QUERY_ROWS * t->warpgroups) * p->heads_q * (p->lengths.packed ? 1 : p->batch);
 }
@@ -93,8 +104,9 @@ static const tile_row *choose_row(const fa_problem *p, const fa_device_limits *l
   for (size_t i = 0; i < sizeof tile_rows / sizeof *tile_rows; i++) {
     const tile_row *t = &tile_rows[i];
     if (p->dim_qk <= t->dim_qk && p->dim_v <= t->dim_v && fits(t->masking, has_masking(p)) && features_of(p) <= t->features &&
-        fits(t->varlen, has_varlen(p)) && t->block == has_blocks(p) && divides_blocks(p, t) && p->seqlen_k >= t->keys &&
-        tiles_in_all(p, t) >= (int64_t)t->tiles * limits->sm_count && smem_of(p, t) <= limits->smem_per_block_optin)
+        fits(t->varlen, has_varlen(p)) && t->block == has_blocks(p) && fits(t->few, has_few_rows(p)) && divides_blocks(p, t) &&
+        p->seqlen_k >= t->keys && tiles_in_all(p, t) >= (int64_t)t->tiles * limits->sm_count &&
+        smem_of(p, t) <= limits->smem_per_block_optin)
       return t;
   }
   return NULL;
@@ -132,8 +144,8 @@ static int64_t count_tiles(const fa_problem *p, const tile_row *t, int pack_log2
   return fa_sequence_tiles(p, p->total_q, p->seqlen_q, QUERY_ROWS * t->warpgroups >> pack_log2);
 }
 
-/* Packs the heads of a group into one tile, as a power of 2, where that makes clearly fewer tiles of a sequence: with few query rows a tile of one head
- * is mostly empty, and every head reads the keys anew. Returns the logarithm, 0 for no packing. */
+/* Packs the heads of a group into one tile, as a power of 2, where that makes clearly fewer tiles of a sequence: with few query rows a tile of one
+ * head is mostly empty, and every head reads the keys anew. Returns the logarithm, 0 for no packing. */
 static int choose_pack(const fa_problem *p, const tile_row *t) {
   int log2 = 0, block_m = QUERY_ROWS * t->warpgroups;
   while (1 << log2 < p->group) log2++;
@@ -142,16 +154,34 @@ static int choose_pack(const fa_problem *p, const tile_row *t) {
   return 8 * together <= 7 * apart ? log2 : 0;
 }
 
-/* The split of the keys with the shortest time by waves of tiles, when there is not a tile for every SM, or tiles are alike and their last wave
- * leaves SMs idle. Depends on shapes and device only. */
+/* Time of `ctas` tiles side by side, of `share` key blocks each, in units of the time that an SM takes for a block: more where the memory cannot bring
+ * all their keys in that time. Tiles of one head read the same keys, from the cache. */
+static double time_of_wave(const fa_problem *p, const fa_device_limits *limits, const tile_row *t, int64_t tiles, int64_t ctas,
+                           int64_t share) {
+  double own_keys = (double)p->batch * p->heads_k / (double)tiles, busy = (double)ctas / limits->sm_count;
+  double loading = busy * (own_keys < 1 ? own_keys : 1) * t->block_n * (p->dim_qk + p->dim_v) * 2 / BYTES_OF_BLOCK_TIME;
+  return ctas == 0 ? 0 : (double)share * (loading > 1 ? loading : 1) + TILE_COST;
+}
+
+/* Time of all tiles with their keys in so many parts, which are written and read once more. */
+static double time_of_splits(const fa_problem *p, const fa_device_limits *limits, const tile_row *t, int64_t tiles, int splits) {
+  int64_t blocks = fa_ceil_div(p->seqlen_k, t->block_n), share = (blocks + splits - 1) / splits, ctas = tiles * splits,
+          sms = limits->sm_count;
+  double parts_bytes = (double)splits * p->heads_q * (double)p->total_q * p->dim_v * 8;
+  double time = (double)(ctas / sms) * time_of_wave(p, limits, t, tiles, sms, share) + time_of_wave(p, limits, t, tiles, ctas % sms, share);
+  return splits == 1 ? time : time + COMBINE_COST + COMBINE_SLOWNESS * parts_bytes / ((double)BYTES_OF_BLOCK_TIME * limits->sm_count);
+}
+
+/* The split of the keys with the shortest time, when there is not a tile for every SM, or tiles are alike and their last wave leaves SMs idle. Depends on
+ * shapes and device only. */
 static int choose_splits(const fa_problem *p, const fa_device_limits *limits, const tile_row *t, int64_t tiles) {
-  int64_t blocks = fa_ceil_div(p->seqlen_k, t->block_n), best = 0, most = is_uneven(p) ? 1 : 4;
+  int64_t blocks = fa_ceil_div(p->seqlen_k, t->block_n), most = is_uneven(p) ? 1 : 4;
   int chosen = 1;
   if (!p->lengths.bounds_given || tiles == 0 || tiles >= most * limits->sm_count) return 1;
-  for (int64_t splits = 1; splits <= blocks && splits <= MAX_SPLITS; splits++) {
-    int64_t waves = (tiles * splits + limits->sm_count - 1) / limits->sm_count, share = (blocks + splits - 1) / splits;
-    int64_t cost = waves * (share + TILE_COST) + (splits > 1 ? COMBINE_COST : 0);
-    if (splits == 1 || cost < best) best = cost, chosen = (int)splits;
+  double best = time_of_splits(p, limits, t, tiles, 1);
+  for (int splits = 2; splits <= blocks && splits <= MAX_SPLITS; splits++) {
+    double time = time_of_splits(p, limits, t, tiles, splits);
+    if (time < best) best = time, chosen = splits;
   }
   return chosen;
 }

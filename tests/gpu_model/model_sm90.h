@@ -146,6 +146,15 @@ static inline void st_global_v2(void *dst, uint32_t r0, uint32_t r1) {
 }
 static inline int __float_as_int(float x) { return (int)__float_as_uint(x); }
 static inline int laneid() { return model_lane(); }
+static inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
+  uint64_t both = (uint64_t)b << 32 | a;
+  uint32_t r = 0;
+  for (int i = 0; i < 4; i++) {
+    uint32_t wanted = selector >> (4 * i), byte = both >> (8 * (wanted & 7)) & 0xFF;
+    r |= (wanted & 8 ? byte >> 7 ? 0xFFu : 0 : byte) << (8 * i);
+  }
+  return r;
+}
 static inline void st_shared_if_negative(uint32_t, float x) {
   if (x < 0) abort();
 }

@@ -63,7 +63,7 @@
 #include "scores_sm90.h"
 
 #define THREADS (128 * (WARPGROUPS + 1))
-/* Each pair is all that the CTA has. */
+/* Each pair is all that the CTA has. A lone consumer warpgroup has enough from the start. */
 #define PRODUCER_REGISTERS (WARPGROUPS == 2 ? 40 : WARPGROUPS == 3 && BLOCK_N <= 112 ? 56 : 32)
 #define CONSUMER_REGISTERS (WARPGROUPS == 2 ? 232 : WARPGROUPS == 4 ? 112 : BLOCK_N <= 112 ? 152 : 160)
 
@@ -363,8 +363,8 @@ FA_INLINE void first_step(const place *me, const part *own, int turn, int ring, 
   release_q(me, turn, own->last == own->first);
   prepare_scores(s, &at, me->to_log2, 1, needs_mask(own, n), max, sum, rescale, &w);
   weigh(s, 0, S_FRAGS, me->to_log2, &w, sum, args_zero(me));
-  if (DROPOUT) drop_weights(s, kept);
   pack_weights(p, s);
+  if (DROPOUT) drop_weights(p, kept);
 }
 
 /* Block n, number `ring`, while O takes up the weights of the block before. */
@@ -407,8 +407,8 @@ FA_INLINE void step(const place *me, const part *own, int n, int turn, int ring,
     release_v(me, ring - 1);
   }
   weigh(s, WAIT_FRAGS, S_FRAGS, me->to_log2, &w, sum, args_zero(me));
-  if (DROPOUT) drop_weights(s, kept);
   pack_weights(p, s);
+  if (DROPOUT) drop_weights(p, kept);
   if (moved) rescale_output(o, rescale);
 }
 
@@ -493,10 +493,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   if (threadIdx.x == 0) init_barriers(smem);
   __syncthreads(); /* the barriers exist */
   if (threadIdx.x < 128) {
-    setmaxnreg_dec(PRODUCER_REGISTERS);
+    if (WARPGROUPS > 1) setmaxnreg_dec(PRODUCER_REGISTERS);
     if (threadIdx.x < 32) produce(&args.problem, &schedule, &q_map, &k_map, &v_map, smem);
   } else {
-    setmaxnreg_inc(CONSUMER_REGISTERS);
+    if (WARPGROUPS > 1) setmaxnreg_inc(CONSUMER_REGISTERS);
     consume(&args, &schedule, &out_map, smem);
   }
 }

@@ -3,7 +3,8 @@
  * Each warp sends its 16 rows through the slab of Q that its warpgroup has done with (TMA_STORE), or, where the next Q waits for that slab, or what
  * lies behind a sequence is another's, writes them from its registers.
  *
- * Where the keys are split both are of this part of the keys alone, in f32 in the workspace, and the sink is left to the kernel that combines the parts.
+ * Where the keys are split both are of this part of the keys alone, in f32 in the workspace, and the sink is left to the kernel that combines the
+ * parts.
  *
  * Expects DIM_V, BLOCK_MASK, DROPOUT, FEW_ROWS, SLAB_CHUNK_BYTES.
  */

@@ -104,6 +104,13 @@ FA_INLINE int laneid() {
   return lane;
 }
 
+/* Four bytes of the eight of a, b: nibble i of `selector` numbers byte i of the result; plus 8, it means that byte's highest bit in all eight. */
+FA_INLINE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
+  return r;
+}
+
 FA_INLINE void st_shared_if_negative(uint32_t dst_smem, float x) {
   asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %1, 0f00000000;\n@p st.shared.f32 [%0], %1;\n}" ::"r"(dst_smem), "f"(x) : "memory");
 }

@@ -46,31 +46,37 @@ FA_INLINE void change_scores(float s[S_FRAGS][4], const block_place *at) {
   }
 }
 
-/* One bit for each weight of the block that dropout lets this lane keep, four for each fragment. Needs no score: drawn while the products run. */
+/* Which weights of the block dropout lets this lane keep: bit 8 * e + 7 - n % 8 of word n / 8 is element e of fragment n. Needs no score: drawn
+ * while the products run. One Philox block has four columns of one row, and a lane holds two columns of two rows: even lanes draw for the first
+ * row, odd lanes for the second, and neighbours swap halves. */
 FA_INLINE void draw_kept(uint32_t kept[KEPT_WORDS], const block_place *at) {
   const fa_arg_problem *p = at->problem;
   work t = receive_work(p, at->tile_smem);
-  int lane = laneid();
-  row_place row = place_of_row(p, &t, at->warp_row + (lane >> 2) + 8 * (lane & 1));
+  int lane = laneid(), odd = lane & 1, column = at->n0 + 2 * (lane & 2);
+  row_place row = place_of_row(p, &t, at->warp_row + (lane >> 2) + 8 * odd);
 #pragma unroll
   for (int i = 0; i < KEPT_WORDS; i++) {
-    kept[i] = 0;
+    uint32_t mine = 0, other;
 #pragma unroll 2
     for (int n = 0; n < fa_min(8, S_FRAGS - 8 * i); n++) {
-      uint32_t word[4];
-      fa_words_of_rows(at->key, t.b, row.h, row.position, at->n0 + 8 * (8 * i + n), word);
+      fa_philox_block drawn = fa_dropout_words(at->key, t.b, row.h, row.position, (column + 8 * (8 * i + n)) >> 2);
 #pragma unroll
-      for (int e = 0; e < 4; e++) kept[i] |= (uint32_t)(word[e] >= p->dropout_threshold) << (4 * n + e);
+      for (int j = 0; j < 4; j++)
+        if (drawn.word[j] >= p->dropout_threshold) mine |= 128u << (8 * j) >> n;
     }
+    other = __shfl_xor_sync(0xFFFFFFFFu, mine, 1);
+    kept[i] = odd ? prmt(other, mine, 0x7632) : prmt(mine, other, 0x5410);
   }
 }
 
-FA_INLINE void drop_weights(float s[S_FRAGS][4], const uint32_t kept[KEPT_WORDS]) {
+/* Packed weights that are not kept become 0. */
+FA_INLINE void drop_weights(uint32_t p[2 * S_FRAGS], const uint32_t kept[KEPT_WORDS]) {
 #pragma unroll
-  for (int n = 0; n < S_FRAGS; n++)
-#pragma unroll
-    for (int e = 0; e < 4; e++)
-      if (!(kept[n / 8] >> (n % 8 * 4 + e) & 1)) s[n][e] = 0.0f;
+  for (int n = 0; n < S_FRAGS; n++) { /* a byte's highest bit, twice, for each of its two weights */
+    uint32_t bits = kept[n / 8] << (n % 8);
+    p[2 * n] &= prmt(bits, 0, 0x9988);
+    p[2 * n + 1] &= prmt(bits, 0, 0xBBAA);
+  }
 }
 
 /* Scores outside the rows' intervals of keys become -infinity. */

@@ -1,5 +1,5 @@
-/* shift_sm90.h: the bias, or the mask, of a warp's 16 rows and one block of keys, by way of shared memory: while a block's scores are worked on, those of
- * the next block are under way, and take no registers.
+/* shift_sm90.h: the bias, or the mask, of a warp's 16 rows and one block of keys, by way of shared memory: while a block's scores are worked on,
+ * those of the next block are under way, and take no registers.
  *
  * Only for a bias of the inputs' type or a mask whose rows are contiguous and 16-byte aligned. Each warp has 4096 bytes of its own: 16 rows of 256
  * bytes (bias) or 128 bytes (mask), their 16-byte chunks swizzled as in tile.h; where rows are broadcast, the first row alone.

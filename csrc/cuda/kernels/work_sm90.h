@@ -1,7 +1,7 @@
 /* work_sm90.h: a tile of 64 * WARPGROUPS query rows, from the producer, who finds it, to the consumers, who read it from shared memory.
  *
- * With FEW_ROWS a tile has BLOCK_M >> pack_log2 positions of 1 << pack_log2 heads of a group: row r is of position r >> pack_log2, and the rest of r numbers
- * the head, up to 1 << pack_log2, of which the group may have fewer. So the keys are read once for the group.
+ * With FEW_ROWS a tile has BLOCK_M >> pack_log2 positions of 1 << pack_log2 heads of a group, of which the group may have fewer: row r is of position
+ * r >> pack_log2, and the rest of r numbers the head. So the keys are read once for the group.
  *
  * Expects BLOCK_M, BLOCK_N, MASKING, VARLEN, BLOCK_MASK, FEW_ROWS.
  */
@@ -41,17 +41,9 @@ FA_INLINE work receive_work(const fa_arg_problem *p, uint32_t slot_smem) {
   uint32_t place[4], keys[4], lengths[4];
   ld_shared_v4(place, slot_smem);
   ld_shared_v4(keys, slot_smem + 16);
-  work t = {uniform(place[0]),
-            uniform(place[1]),
-            uniform(place[2]),
-            uniform(place[3]),
-            uniform(keys[0]),
-            uniform(keys[1]),
-            0,
-            p->seqlen_q,
-            p->seqlen_k,
-            p->seqlen_q,
-            0};
+  work t = {uniform(place[0]), uniform(place[1]), uniform(place[2]), uniform(place[3]), uniform(keys[0]), uniform(keys[1]), 0, 0, 0, 0, 0};
+  t.len_q = t.slot_q = p->seqlen_q;
+  t.len_k = p->seqlen_k;
   if (FEW_ROWS) t.split = uniform(keys[3]);
   if (VARLEN) {
     ld_shared_v4(lengths, slot_smem + 32);
