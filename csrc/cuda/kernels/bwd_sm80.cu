@@ -36,7 +36,7 @@
  *   sm_80   HEAD_DIM=64   255 registers  166016 bytes
  *   sm_80   HEAD_DIM=128  255 registers  164992 bytes
  *   sm_90a  HEAD_DIM=128  255 registers  231040 bytes
- *   sm_90a  HEAD_DIM=192  235 registers  231040 bytes
+ *   sm_90a  HEAD_DIM=192  246 registers  231040 bytes
  *   sm_90a  HEAD_DIM=256  255 registers  230528 bytes
  *
  * Constants: DTYPE, HEAD_DIM and DIM_V (padded to 32), BLOCK_M, BLOCK_N, WARPS, S_WARPS, KV_WARPS, DQ_WARPS, STAGES, CTAS (on an SM),
@@ -247,6 +247,18 @@ FA_INLINE void accumulate(warp_sums *sums, const shared_map *smem, int stage, in
   }
 }
 
+/* All products of a tile. One branch around them all, not one in each, lets the compiler begin the next while the last one ends. */
+FA_INLINE void multiply(warp_sums *sums, const fa_gradient_args *args, const fa_tile *tile, const fa_query_tile *at, const shared_map *smem,
+                        int stage, int buffer, int poisoned) {
+  if (poisoned) {
+    accumulate(sums, smem, stage, buffer, 1);
+    if (ADD_DQ) add_dq(args, tile, at->h, smem, at->m0, buffer, 1);
+  } else {
+    accumulate(sums, smem, stage, buffer, 0);
+    if (ADD_DQ) add_dq(args, tile, at->h, smem, at->m0, buffer, 0);
+  }
+}
+
 /* This warp's part of dK or dV, times factor. */
 FA_INLINE void store_keys(const fa_arg_view *view, const fa_tile *tile, float sum[][4], int columns, int dims, float factor) {
   int warp = threadIdx.x / 32, n_count = columns / 8;
@@ -271,7 +283,7 @@ FA_INLINE void walk_in_turn(warp_sums *sums, const fa_gradient_args *args, const
   cp_async_commit_group();
 
   while (walk.h < work->heads_end) {
-    int m0 = walk.m0;
+    const fa_query_tile now = walk;
     if (h != walk.h || (!SCORE && !DROPOUT)) head = fa_gradient_of_head(p, tile, walk.h);
     h = walk.h;
     fa_next_query_tile(&walk, p, work);
@@ -281,16 +293,18 @@ FA_INLINE void walk_in_turn(warp_sums *sums, const fa_gradient_args *args, const
     if (STAGES == 2 && more) load_query_side(args, tile, smem, &walk, stage ^ 1);
     cp_async_commit_group();
     int poisoned =
-        PAIRED ? paired_gradient_tile(args, &head, tile, smem, m0, stage, 0) : gradient_tile(args, &head, tile, smem, m0, stage, 0);
+        PAIRED ? paired_gradient_tile(args, &head, tile, smem, now.m0, stage, 0) : gradient_tile(args, &head, tile, smem, now.m0, stage, 0);
     poisoned = __syncthreads_or(poisoned); /* P and dS are complete for all */
-    accumulate(sums, smem, stage, 0, poisoned);
-    if (STAGES == 1) {
+    if (STAGES == 2) {
+      multiply(sums, args, tile, &now, smem, stage, 0, poisoned);
+      stage ^= 1;
+    } else {
+      accumulate(sums, smem, stage, 0, poisoned);
       __syncthreads(); /* all warps are done with Q and dO */
       if (more) load_query_side(args, tile, smem, &walk, 0);
       cp_async_commit_group();
+      if (ADD_DQ) add_dq(args, tile, now.h, smem, now.m0, 0, poisoned);
     }
-    if (ADD_DQ) add_dq(args, tile, h, smem, m0, 0, poisoned);
-    if (STAGES == 2) stage ^= 1;
   }
 }
 
@@ -330,8 +344,7 @@ FA_INLINE void walk_overlapped(warp_sums *sums, const fa_gradient_args *args, ct
       const fa_query_tile *done = &cta->queue[(t - 1) & 3], *ahead = &cta->queue[t & 3];
       if (half == !products_first) {
         if (t == 0) continue;
-        accumulate(sums, smem, (t + 2) % 3, (t + 1) & 1, poisoned);
-        if (ADD_DQ) add_dq(args, tile, done->h, smem, done->m0, (t + 1) & 1, poisoned);
+        multiply(sums, args, tile, done, smem, (t + 2) % 3, (t + 1) & 1, poisoned);
       } else if (ahead->h < end) {
         if (ahead->h != head.h) head = fa_gradient_of_head(p, tile, ahead->h);
         poisoned_ahead = gradient_tile(args, &head, tile, smem, ahead->m0, t % 3, t & 1);
