@@ -31,7 +31,7 @@
  *
  *     dims      warpgroups x block   Q          K and V     registers: S      P      O   of consumer   producer
  *      64       3 x 128               48 KB     64 KB                64     32     32      160          32
- *      64       4 x 64                64 KB     48 KB                32     16     32      112          32
+ *      64       4 x 64                64 KB     64 KB                32     16     32      112          32
  *      64       3 x 112               48 KB     56 KB                56     28     32      152          56
  *      96       3 x 96                96 KB     96 KB                48     24     48      152          56
  *      96       2 x 128               64 KB    128 KB                64     32     48      232          40   (likewise below)
