@@ -20,13 +20,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) bwd_finish(const __grid_co
   const float *sum_gmem = (const float *)args.dq_sum + (fa_workspace_row(&args, tile.b, tile.h, tile.q_start) + tile.m0) * args.dq_columns;
   int pairs = args.dq_columns / 2;
   float scale = (float)p->scale;
+  int summed = tile.b < p->batch; /* positions after the last sequence have no sums, only a gradient of 0 */
+  const fa_lane_sum none = {{0.0f, 0.0f, 0.0f, 0.0f}};
   int items = FA_ROW_PAD / 2 * pairs;
   for (int first = threadIdx.x; first < items; first += BATCH * THREADS) {
     fa_lane_sum sum[BATCH];
 #pragma unroll
     for (int n = 0; n < BATCH; n++) { /* all on their way before the first is used */
       int item = fa_min(first + n * THREADS, items - 1), pair = item % pairs, row = item / pairs;
-      sum[n] = fa_read_fragment(sum_gmem + row / 8 * 16 * args.dq_columns + pair / 4 * FA_FRAGMENT, row % 8 * 4 + pair % 4);
+      const float *fragment_gmem = sum_gmem + row / 8 * 16 * args.dq_columns + pair / 4 * FA_FRAGMENT;
+      sum[n] = summed ? fa_read_fragment(fragment_gmem, row % 8 * 4 + pair % 4) : none;
     }
 #pragma unroll
     for (int n = 0; n < BATCH; n++) {

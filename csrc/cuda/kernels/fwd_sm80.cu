@@ -40,7 +40,6 @@
  * any of softcap, bias, mask, ALiBi, a scale that is not positive), DROPOUT, BLOCK_MASK.
  */
 #define REAL float
-#define CUT 1
 
 #include "mma.h"
 #include "score.h"
@@ -54,7 +53,7 @@
 #define V_FRAGS (DIM_V / 8)
 #define QK_STEPS (HEAD_DIM * ELEMENT_BYTES / 32)
 #define PV_STEPS (BLOCK_N / FA_STEP_ROWS)
-#define CHAIN (DTYPE == FA_ARG_F32 ? 4 : QK_STEPS) /* steps of Q K^T that tensor cores sum; see fa_mma_chain */
+#define STEPS_TOGETHER (DTYPE == FA_ARG_F32 ? 4 : QK_STEPS) /* of Q K^T: unrolled */
 #define Q_ROW_BYTES (HEAD_DIM * ELEMENT_BYTES)
 #define V_ROW_BYTES (DIM_V * ELEMENT_BYTES)
 #define Q_TILE_BYTES (BLOCK_M * Q_ROW_BYTES)
@@ -108,12 +107,12 @@ FA_INLINE void add(float c[][4], float more[][4], int count) {
     for (int e = 0; e < 4; e++) c[i][e] += more[i][e];
 }
 
-/* S += steps `first` to first + CHAIN - 1 of Q K^T */
+/* S += steps `first` to first + STEPS_TOGETHER - 1 of Q K^T */
 FA_INLINE void add_scores(float s[M_FRAGS][N_FRAGS][4], const walk_state *a, uint32_t k_smem, int first) {
   int lane = product_lane();
   fa_lane q_lane = fa_lane_rows_first(lane, Q_ROW_BYTES), k_lane = fa_lane_chunks_first(lane, Q_ROW_BYTES);
 #pragma unroll
-  for (int i = 0; i < CHAIN; i++) {
+  for (int i = 0; i < STEPS_TOGETHER; i++) {
     int step = first + i;
     fa_operand_a loaded[M_FRAGS];
     const fa_operand_a *q = KEEP_Q ? a->q[i] : loaded;
@@ -126,7 +125,7 @@ FA_INLINE void add_scores(float s[M_FRAGS][N_FRAGS][4], const walk_state *a, uin
       for (int half = 0; half < 2; half++) {
         fa_split_b(&k[half]);
 #pragma unroll
-        for (int m = 0; m < M_FRAGS; m++) fa_mma_chain(s[m][n + half], &q[m], &k[half]);
+        for (int m = 0; m < M_FRAGS; m++) fa_mma(s[m][n + half], &q[m], &k[half]);
       }
     }
   }
@@ -136,19 +135,8 @@ FA_INLINE void add_scores(float s[M_FRAGS][N_FRAGS][4], const walk_state *a, uin
 FA_INLINE void scores(float s[M_FRAGS][N_FRAGS][4], const walk_state *a, uint32_t k_smem) {
 #pragma unroll
   for (int m = 0; m < M_FRAGS; m++) clear(s[m], N_FRAGS);
-  if (CHAIN == QK_STEPS) {
-    add_scores(s, a, k_smem, 0);
-  } else {
 #pragma unroll 1
-    for (int first = 0; first < QK_STEPS; first += CHAIN) {
-      float chain[M_FRAGS][N_FRAGS][4];
-#pragma unroll
-      for (int m = 0; m < M_FRAGS; m++) clear(chain[m], N_FRAGS);
-      add_scores(chain, a, k_smem, first);
-#pragma unroll
-      for (int m = 0; m < M_FRAGS; m++) add(s[m], chain[m], N_FRAGS);
-    }
-  }
+  for (int first = 0; first < QK_STEPS; first += STEPS_TOGETHER) add_scores(s, a, k_smem, first);
 }
 
 FA_INLINE void drop_weights(float s[N_FRAGS][4], const fa_arg_problem *p, fa_philox_key key, const fa_tile *tile, int row0, int n0) {

@@ -2,8 +2,6 @@
  *
  * fp32 goes to the tensor cores as x = big + small, both with TF32's 10 mantissa bits: big * big + big * small + small * big leaves out
  * small * small, 2^-22 of the product, so the error is that of fp32 arithmetic.
- *
- * Expects the constant CUT: 1: big is x cut to TF32, one instruction less than x rounded, at a mean error about a tenth larger.
  */
 #ifndef FA_MMA_H
 #define FA_MMA_H
@@ -18,19 +16,13 @@ typedef struct {
   uint32_t r[2], small[2];
 } fa_operand_b;
 
-#ifndef CUT
-#define CUT 0
-#endif
+#define STRETCH 1.000338f /* 1 + 2^-11 / 1.44: what cutting a mantissa, 1.44 on average, to 10 bits takes from it */
 
-/* What `small` is multiplied with, to make up on average for what is lost: tensor cores cut it to 10 bits of its mantissa, 1.44 on average: 2^-11 /
- * 1.44 of it. Where big is cut too, small has the sign of x, and leaving out small * small always takes from the product: as much again. */
-#define STRETCH (CUT ? 1.0008f : 1.000338f)
-
-/* x becomes its TF32 part, *small the rest. x is rounded by hand: the conversion instruction is four. A NaN that rounding wraps to zero, or
- * cutting turns into infinity, stays one in `small`. */
+/* x becomes its TF32 part, *small the rest. x is rounded by hand: the conversion instruction is four. Tensor cores cut `small` to TF32 toward
+ * zero, which STRETCH makes up for on average. A NaN that rounding wraps to zero stays one in `small`. */
 FA_INLINE void fa_split(uint32_t *x, uint32_t *small) {
   float whole = __uint_as_float(*x);
-  *x = (CUT ? *x : *x + 0x1000u) & 0xFFFFE000u;
+  *x = (*x + 0x1000u) & 0xFFFFE000u;
   *small = __float_as_uint((whole - __uint_as_float(*x)) * STRETCH);
 }
 
