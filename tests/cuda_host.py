@@ -64,6 +64,7 @@ def build_host(folder: Path, toy_header: str = TOY_HEADER) -> Path:
     library = folder / "libhost.so"
     files = [CSRC / "core/error.c", CSRC / "cuda/driver.c", *sorted((CSRC / "cuda/store").glob("*.c")), embedded]
     command = [compiler(), "-std=c11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{CSRC}", "-o", library, *files]
+    command.append("-Wl,-Bsymbolic")  # the model of a GPU may be loaded too, with functions of the same names for all to see
     subprocess.run([str(part) for part in [*command, "-lpthread", "-ldl"]], check=True)
     return library
 

@@ -45,13 +45,13 @@ PLAIN_LANES(f64, double, VECTOR_BYTES / 8)
 #define TRANSPOSE_f64 transpose_f64
 
 static inline vec_f32 widen_bf16(const uint16_t *src) {
-  vec_f32 wide;
+  vec_f32 wide = {0};
   for (int i = 0; i < VECTOR_BYTES / 4; i++) wide[i] = fa_from_bf16(src[i]);
   return wide;
 }
 
 static inline vec_f32 widen_f16(const uint16_t *src) {
-  vec_f32 wide;
+  vec_f32 wide = {0};
   for (int i = 0; i < VECTOR_BYTES / 4; i++) wide[i] = fa_from_f16(src[i]);
   return wide;
 }
