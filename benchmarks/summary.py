@@ -84,6 +84,7 @@ SECTIONS = {
     "cpu": (rates, "Speed on a CPU"),
     "cpu_amx": (rates, "Speed on a CPU with AMX"),
     "decode": (one_query, "One query on a CPU"),
+    "decode_amx": (one_query, "One query on a CPU with AMX"),
     "fwd": (rates, "Forward on a GPU"),
     "bwd": (rates, "Backward on a GPU"),
     "host": (host, "Cost of a call on a CPU"),
