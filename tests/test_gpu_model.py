@@ -117,6 +117,17 @@ def test_tokens_of_no_sequence_have_no_gradient(dtype: torch.dtype) -> None:
     assert all((g == 0).all() for g in gpu_model.backward(call, out, lse).values())
 
 
+def test_a_lone_head_may_have_any_stride() -> None:
+    """The keys are split; the stride from head to head is not used, and could not be told to the TMA."""
+    q, k, v = (torch.randn(n, 64).bfloat16() for n in (70, 1500, 1500))
+    call = {**reference.DEFAULTS} | {name: t.as_strided((1, len(t), 1, 64), (0, 64, 0, 1)) for name, t in (("q", q), ("k", k), ("v", v))}
+    gpu_model.set_device(*H200)
+    out, _ = gpu_model.forward(call)
+    ref, _ = reference.attention(call)
+    pt, _ = reference.attention(call, torch.bfloat16)
+    assert reference.worst_error(out, ref) <= reference.allowance("out", pt, ref, torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_infinite_values_reach_the_rows_that_see_them(dtype: torch.dtype) -> None:
     rows = 70

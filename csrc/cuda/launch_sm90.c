@@ -24,7 +24,7 @@ static fa_code map_view(const fa_view *view, fa_dtype dtype, int dim, int64_t po
 /* Queries as (dim, head of a group, position, group, batch): a box is the rows of a warpgroup, 1 << pack_log2 heads of them side by side. Heads
  * that a group does not have arrive as zeros. */
 static fa_code map_groups(const fa_problem *p, int pack_log2, int64_t positions, int batch, fa_tensor_map *map, fa_error *error) {
-  uint64_t size = (uint64_t)fa_dtype_bytes(p->dtype), head = (uint64_t)p->q.h * size;
+  uint64_t size = (uint64_t)fa_dtype_bytes(p->dtype), head = p->heads_q > 1 ? (uint64_t)p->q.h * size : 16;
   const fa_tensor_map_shape shape = {
       .dtype = p->dtype,
       .rank = 5,
