@@ -24,7 +24,7 @@ COMMANDS = {
     "host": ("microseconds of one call on tiny tensors, beside torch's", host.add_options, host.run, None),
     "cpu": ("rates on this CPU, beside torch's", lambda p: speed.add_options(p, "cpu"), speed.cpu, None),
     "accuracy": ("worst error over the list of test cases", accuracy.add_options, accuracy.run, None),
-    "fwd": ("forward rates on this GPU, beside cuDNN's and others", lambda p: speed.add_options(p, "cuda"), speed.gpu_forward, "cuda"),
+    "fwd": ("forward rates on this GPU, beside cuDNN's and others", speed.add_forward_options, speed.gpu_forward, "cuda"),
     "bwd": ("backward rates on this GPU, beside cuDNN's and others", lambda p: speed.add_options(p, "cuda"), speed.gpu_backward, "cuda"),
     "masks": ("forward rates of windows, block masks, packed sequences", masks.add_options, masks.run, "cuda"),
     "ablation": ("what each technique of the Hopper kernel is worth", ablation.add_options, ablation.run, "cuda"),

@@ -20,7 +20,9 @@ from tqdm import tqdm
 
 import decode
 from report import draw_rates, geometric_mean, print_table, save_json
-from timing import Matmul, attention_flops, describe, fastest_matmul, interleaved_medians, machine
+from timing import Matmul, attention_flops, describe, fastest_matmul, in_graph, interleaved_medians, machine
+
+GRAPH_CALLS = 8  # of one graph with --graph
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -80,8 +82,11 @@ def measure(cell: tuple, rivals: dict, matmul: Matmul, options: argparse.Namespa
     sequences = max(1, options.tokens // seqlen)
     heads = max(1, options.width // dim)
     calls = candidates(rivals, (sequences, seqlen, heads, dim), DTYPES[dtype], options.device, causal, backward)
+    times = GRAPH_CALLS if options.graph else 1
+    if options.graph:
+        calls = {name: in_graph(call, times) for name, call in calls.items()}
     seconds = interleaved_medians({**calls, "matmul": matmul.call}, options.device, options.rounds)
-    flops = dict.fromkeys(calls, attention_flops(sequences, heads, seqlen, dim, causal, backward)) | {"matmul": matmul.flops}
+    flops = dict.fromkeys(calls, times * attention_flops(sequences, heads, seqlen, dim, causal, backward)) | {"matmul": matmul.flops}
     rates = {name: flops[name] / s / unit for name, s in seconds.items()}
     rival = next((name for name in rivals if name != "ours" and name in rates), None)
     return dict(
@@ -123,7 +128,7 @@ def print_means(rows: list[dict]) -> None:
 
 def add_options(parser: argparse.ArgumentParser, device: str) -> None:
     on_gpu = device == "cuda"
-    parser.set_defaults(device=device)
+    parser.set_defaults(device=device, graph=False)
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bf16"] if on_gpu else list(DTYPES))
     parser.add_argument("--dims", nargs="+", type=int, default=[64, 128, 256] if on_gpu else [64, 128])
     parser.add_argument("--masks", nargs="+", choices=["full", "causal"], default=["full", "causal"])
@@ -134,6 +139,11 @@ def add_options(parser: argparse.ArgumentParser, device: str) -> None:
     parser.add_argument("--quick", action="store_true", help="a few cells, few rounds")
     if not on_gpu:
         parser.add_argument("--full", action="store_true", help="lengths 512 to 8192: minutes, many where torch is slow")
+
+
+def add_forward_options(parser: argparse.ArgumentParser) -> None:
+    add_options(parser, "cuda")
+    parser.add_argument("--graph", action="store_true", help=f"{GRAPH_CALLS} calls as a CUDA graph, into fwd_graph.json")
 
 
 def shorten(options: argparse.Namespace) -> None:
@@ -151,7 +161,7 @@ def cpu(options: argparse.Namespace) -> None:
 
 def gpu_forward(options: argparse.Namespace) -> None:
     shorten(options)
-    run("fwd", options, GPU_RIVALS, ["forward"], 1e12, "TFLOP/s", 8192)
+    run("fwd_graph" if options.graph else "fwd", options, GPU_RIVALS, ["forward"], 1e12, "TFLOP/s", 8192)
 
 
 def gpu_backward(options: argparse.Namespace) -> None:

@@ -102,6 +102,19 @@ def interleaved_medians(candidates: Candidates, clock_name: str, rounds: int = 5
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
+def in_graph(call: Callable[[], object], times: int) -> Callable[[], object]:
+    """`times` calls as one CUDA graph. The first calls run outside: they compile and load, which a capture must not."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            call()
+    return graph.replay
+
+
 class Matmul(NamedTuple):
     """A square matrix product through torch, to be timed beside attention: the machine's own limit, as far as a user can reach it."""
 
