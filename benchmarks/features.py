@@ -8,9 +8,8 @@ what it reads and what it writes.
 from __future__ import annotations
 
 import argparse
-import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -18,9 +17,8 @@ import torch.nn.functional as F
 from flash_attn_c import attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
-from report import print_table, save_json
+from report import cell, print_table, save_json
 from timing import attention_flops, describe, interleaved_medians, machine
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,14 +26,21 @@ RIVALS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FA2": SDPBackend.FLASH_ATTENTION
 DROPOUT, KEPT = 0.1, 0.9
 # batch, heads_q, heads_k, seqlen_q, seqlen_k
 SERVING = [
+    (1, 32, 8, 1, 4096),
     (1, 32, 8, 1, 32768),
+    (1, 32, 4, 1, 65536),
     (8, 32, 8, 1, 8192),
+    (16, 32, 8, 1, 8192),
+    (20, 32, 8, 1, 8192),
     (64, 32, 8, 1, 4096),
-    (8, 32, 8, 8, 8192),
     (4, 32, 32, 1, 8192),
+    (8, 32, 8, 8, 8192),
     (1, 1, 1, 128, 65536),
 ]
 GRAPH_CALLS = 4
+AT_LEAST = 0.015  # seconds a round
+FEATURE_COLUMNS = ["dim", "seqlen", "feature", "ours", *RIVALS]
+SERVING_COLUMNS = ["dim", "batch", "heads_q", "heads_k", "seqlen_q", "seqlen_k", "microseconds", "ours", *RIVALS, "copy", "copy_share"]
 
 
 def normal(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -91,14 +96,12 @@ def feature_calls(dim: int, seqlen: int, options: argparse.Namespace) -> dict[st
     }
 
 
-def measure_features(dim: int, seqlen: int, options: argparse.Namespace) -> list[dict]:
-    rows = []
+def measure_features(dim: int, seqlen: int, options: argparse.Namespace) -> Iterator[dict]:
     for name, (calls, causal) in feature_calls(dim, seqlen, options).items():
-        seconds = interleaved_medians(ones_that_run(calls), "cuda", options.rounds)
+        seconds = interleaved_medians(ones_that_run(calls), "cuda", options.rounds, AT_LEAST)
         flops = attention_flops(max(1, options.tokens // seqlen), max(1, options.width // dim), seqlen, dim, causal, False)
         rates = {rival: flops / s / 1e12 for rival, s in seconds.items()}
-        rows.append(dict(part="features", dtype=options.dtype, dim=dim, seqlen=seqlen, feature=name, **rates))
-    return rows
+        yield dict(part="features", dtype=options.dtype, dim=dim, seqlen=seqlen, feature=name, **rates)
 
 
 def graphed(call: Callable[[], Tensor]) -> Callable[[], None]:
@@ -126,7 +129,7 @@ def measure_serving(dim: int, shape: tuple[int, ...], options: argparse.Namespac
     if seqlen_q == 1:  # torch's causal mask starts at the top left
         calls |= {rival: partial(sdpa, backend, q, k, v, enable_gqa=heads_q != heads_k) for rival, backend in RIVALS.items()}
     calls = ones_that_run(calls) | {"copy": lambda: target.copy_(source)}
-    seconds = interleaved_medians({name: graphed(call) for name, call in calls.items()}, "cuda", options.rounds)
+    seconds = interleaved_medians({name: graphed(call) for name, call in calls.items()}, "cuda", options.rounds, AT_LEAST)
     moved = source.numel() * source.element_size() * GRAPH_CALLS
     rates = {name: (2 if name == "copy" else 1) * moved / s / 1e9 for name, s in seconds.items()}
     sizes = dict(zip(("batch", "heads_q", "heads_k", "seqlen_q", "seqlen_k"), shape, strict=True))
@@ -143,18 +146,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5)
 
 
+def measured(options: argparse.Namespace) -> Iterator[dict]:
+    for dim in options.dims:
+        for seqlen in options.seqlens:
+            yield from measure_features(dim, seqlen, options)
+        for shape in SERVING:
+            yield measure_serving(dim, shape, options)
+
+
 def run(options: argparse.Namespace) -> None:
+    """Every row is printed and saved as soon as it is known, so that a run that is cut short leaves what it has measured."""
     torch.manual_seed(0)
     facts = machine("cuda")
     print(describe(facts))
-    cells = tqdm(list(itertools.product(options.dims, options.seqlens)), desc="bench features", unit="cell")
-    features = [row for dim, seqlen in cells for row in measure_features(dim, seqlen, options)]
-    columns = ["dim", "seqlen", "feature", "ours", *RIVALS]
+    rows: list[dict] = []
+    for row in measured(options):
+        rows.append(row)
+        columns = FEATURE_COLUMNS if row["part"] == "features" else SERVING_COLUMNS
+        print("  ".join(f"{column} {cell(row.get(column))}" for column in columns), flush=True)
+        path = save_json(options.out, "features", facts, rows, units={"features": "TFLOP/s", "serving": "GB/s"})
     print("\nTFLOP/s:")
-    print_table(columns, [[row.get(c) for c in columns] for row in features])
-    cells = tqdm(list(itertools.product(options.dims, SERVING)), desc="bench features, few rows", unit="cell")
-    serving = [measure_serving(dim, shape, options) for dim, shape in cells]
-    columns = ["dim", "batch", "heads_q", "heads_k", "seqlen_q", "seqlen_k", "microseconds", "ours", *RIVALS, "copy", "copy_share"]
+    print_table(FEATURE_COLUMNS, [[row.get(c) for c in FEATURE_COLUMNS] for row in rows if row["part"] == "features"])
     print("\nFew query rows, GB/s of keys and values:")
-    print_table(columns, [[row.get(c) for c in columns] for row in serving])
-    print("wrote", save_json(options.out, "features", facts, features + serving, units={"features": "TFLOP/s", "serving": "GB/s"}))
+    print_table(SERVING_COLUMNS, [[row.get(c) for c in SERVING_COLUMNS] for row in rows if row["part"] == "serving"])
+    print("wrote", path)
