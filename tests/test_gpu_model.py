@@ -36,6 +36,10 @@ FORWARD = [
     (RTX_5090, Case("dim256", dtype="bfloat16", dim_qk=256, causal=True, **SHAPE)),
     (H200, Case("causal", dtype="bfloat16", dim_qk=64, causal=True, **SHAPE)),
     (H200, Case("packed", dtype="float16", dim_qk=64, **PACKED)),
+    (H200, Case("block", dtype="bfloat16", dim_qk=64, batch=1, seqlen_q=70, seqlen_k=4500, block=128)),  # more than one word of the list
+    (H200, Case("block_causal", dtype="bfloat16", dim_qk=128, seqlen_q=290, seqlen_k=400, causal=True, block=128)),
+    (H200, Case("bias", dtype="bfloat16", dim_qk=64, batch=1, seqlen_q=75, seqlen_k=144, bias="hmn", softcap=3.0)),
+    (H200, Case("mask", dtype="float16", dim_qk=64, batch=1, seqlen_q=75, seqlen_k=272, mask="bhn", alibi="h")),
     (H200, Case("softcap_gqa", dtype="bfloat16", dim_qk=128, heads_q=4, softcap=3.0, sinks=True, **SHAPE)),
 ]
 BACKWARD = [

@@ -155,6 +155,10 @@ static inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   }
   return r;
 }
+static inline uint32_t max_u16x2(uint32_t a, uint32_t b) {
+  uint32_t low = (a & 0xFFFF) > (b & 0xFFFF) ? a & 0xFFFF : b & 0xFFFF, high = a >> 16 > b >> 16 ? a >> 16 : b >> 16;
+  return high << 16 | low;
+}
 static inline void st_shared_if_negative(uint32_t, float x) {
   if (x < 0) abort();
 }

@@ -164,7 +164,7 @@ FA_INLINE void load_q(const fa_arg_problem *p, const fa_tma_map *q_map, uint32_t
 
 /* One lane issues all loads of a tile, all lanes look for its blocks. `ring` counts the blocks of this CTA. */
 FA_INLINE int load_tile(const fa_arg_problem *p, const fa_tma_map *q_map, const fa_tma_map *k_map, const fa_tma_map *v_map, uint32_t smem,
-                        const work *t, int k_start, int ring, int turn) {
+                        work *t, int k_start, int ring, int turn) {
   int n = next_block(p, t, t->last), b = VARLEN && p->packed ? 0 : t->b, h_k = t->h / p->group;
   if (t->blocks == 0 && laneid() == 0) load_q(p, q_map, smem, t, turn);
 #pragma unroll 1
@@ -177,7 +177,7 @@ FA_INLINE int load_tile(const fa_arg_problem *p, const fa_tma_map *q_map, const 
       if (with_q) load_q(p, q_map, smem, t, turn);
     }
     if (BLOCK_MASK) __syncwarp();
-    n = next_block(p, t, n - 1); /* a read of the block mask, while V is not free yet */
+    n = next_block(p, t, n - 1);
     if (laneid() == 0) {
       mbarrier_wait_parity(v_empty(smem, ring), free); /* every warpgroup has multiplied with the V that lay there */
       load_rows(v_smem(smem, ring), v_map, v_full(smem, ring), V_CHUNKS, BLOCK_N, row, h_k, b);
@@ -375,9 +375,6 @@ FA_INLINE void step(const place *me, const part *own, int n, int turn, int ring,
   weighing w;
   int last_use = n == own->first, add = n + 1 < own->last;
   await_k(me, ring);
-  n = block_of(me, n, ring);
-  const block_place at = {&me->args->problem, slot_smem(me->smem, turn),        me->warp_row, n * BLOCK_N, me->key,
-                          shift_smem(me),     last_use ? -1 : (n - 1) * BLOCK_N};
   await_v(me, ring - 1);
   uint32_t q = q_start(me, turn), keys = k_start(me, ring), values = v_start(me, ring - 1);
   take_turn(me);
@@ -390,6 +387,9 @@ FA_INLINE void step(const place *me, const part *own, int n, int turn, int ring,
     issue_scores(s, q, keys);
   }
   pass_turn(me);
+  n = block_of(me, n, ring);
+  const block_place at = {&me->args->problem, slot_smem(me->smem, turn),        me->warp_row, n * BLOCK_N, me->key,
+                          shift_smem(me),     last_use ? -1 : (n - 1) * BLOCK_N};
   if (DROPOUT) draw_kept(kept, &at);
   if (OVERLAP)
     wgmma_wait_group(1);

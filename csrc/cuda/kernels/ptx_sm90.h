@@ -111,6 +111,13 @@ FA_INLINE uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   return r;
 }
 
+/* Of both halves, as unsigned numbers. */
+FA_INLINE uint32_t max_u16x2(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("max.u16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+
 FA_INLINE void st_shared_if_negative(uint32_t dst_smem, float x) {
   asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %1, 0f00000000;\n@p st.shared.f32 [%0], %1;\n}" ::"r"(dst_smem), "f"(x) : "memory");
 }

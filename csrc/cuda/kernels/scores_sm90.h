@@ -36,14 +36,13 @@ FA_INLINE void change_scores(float s[S_FRAGS][4], const block_place *at) {
     row_place row = place_of_row(p, &t, at->warp_row + (lane >> 2) + 8 * r);
     fa_tile tile = {t.b, row.h, 0, 0, 0, 0, t.len_q, t.len_k, 0, 0};
     fa_score_head head = fa_score_of_head(p, &tile);
+    int scale_is_all = SCORE == SCORE_AND_TILES && head.softcap == 0.0f;
     if (SCORE != SCORE_AND_BIAS) head.bias = head.mask = 0;
-    if (r == 0) fa_cap_scores(s, 0, S_FRAGS, &head); /* the same for all heads */
+    if (r == 0 && !scale_is_all) fa_cap_scores(s, 0, S_FRAGS, &head); /* the same for all heads */
+    if (r == 0 && SCORE == SCORE_AND_TILES) apply_shifts(s, scale_is_all ? head.scale : 1.0f, p, at->shift_smem);
     fa_shift_row(s, S_FRAGS, r, p, &head, row.used ? t.len_q : 0, t.len_k, row.position, column);
   }
-  if (SCORE == SCORE_AND_TILES) {
-    apply_shifts(s, p, at->shift_smem);
-    if (at->next_n0 >= 0) fetch_shifts(p, at->tile_smem, at->shift_smem, at->warp_row, at->next_n0);
-  }
+  if (SCORE == SCORE_AND_TILES && at->next_n0 >= 0) fetch_shifts(p, at->tile_smem, at->shift_smem, at->warp_row, at->next_n0);
 }
 
 /* Which weights of the block dropout lets this lane keep: bit 8 * e + 7 - n % 8 of word n / 8 is element e of fragment n. Needs no score: drawn
@@ -171,7 +170,7 @@ FA_INLINE int prepare_scores(float s[S_FRAGS][4], const block_place *at, float t
                              float rescale[2], weighing *w) {
   if (SCORE) change_scores(s, at);
   if (masked) mask_scores(s, at);
-  int moved = first || SCORE || masked || !LAZY_RESCALE || !maxima_may_stay(s, to_log2, max);
+  int moved = first || (SCORE && SCORE != SCORE_AND_TILES) || masked || !LAZY_RESCALE || !maxima_may_stay(s, to_log2, max);
   if (moved) move_maxima(s, to_log2, max, rescale);
 #pragma unroll
   for (int r = 0; r < 2; r++) {

@@ -30,53 +30,86 @@ FA_INLINE void fetch_shifts(const fa_arg_problem *p, uint32_t tile_smem, uint32_
   const fa_arg_grid *grid = is_bias ? &p->bias : &p->mask;
   int inside = fa_max(0, fa_min(16, (fa_min(t.len_k - n0, BLOCK_N) - chunk * (16 / size)) * size)); /* bytes that the sequence has */
   const char *gmem = (const char *)grid->data + (t.b * grid->b + n0) * size + chunk * 16;
-#pragma unroll 1
-  for (; row < rows; row += step) {
-    row_place place = place_of_row(p, &t, warp_row + row);
-    int bytes = place.used ? inside : 0;
-    cp_async_cg_16(fa_chunk_address(shift_smem, row, chunk, row_bytes),
-                   bytes ? gmem + (place.h * grid->h + place.position * grid->m) * size : gmem, bytes);
+  row_place place = place_of_row(p, &t, warp_row + row);
+  const char *row_gmem = gmem + (place.h * grid->h + place.position * grid->m) * size;
+#pragma unroll 2
+  for (; row < rows; row += step, row_gmem += step * grid->m * size) {
+    if (FEW_ROWS) { /* rows of several heads */
+      place = place_of_row(p, &t, warp_row + row);
+      row_gmem = gmem + (place.h * grid->h + place.position * grid->m) * size;
+    }
+    int used = FEW_ROWS ? place.used : t.m0 + warp_row + row < t.len_q;
+    cp_async_cg_16(fa_chunk_address(shift_smem, row, chunk, row_bytes), row_gmem, used ? inside : 0);
   }
   cp_async_commit_group();
 }
 
-/* Two elements of a bias onto the scores of one row of a fragment. */
-FA_INLINE void add_bias_pair(float s[2], uint32_t pair) {
-#pragma unroll
-  for (int e = 0; e < 2; e++) {
-    uint16_t bits = (uint16_t)(e ? pair >> 16 : pair);
-    float bias = DTYPE == FA_ARG_F16 ? cvt_f32_f16(bits) : fa_bf16_to_float(bits);
-    s[e] = bias == MINUS_INFINITY ? bias : s[e] + bias; /* forbids the pair, whatever its score */
-  }
+#define MINUS_INFINITY_BITS (DTYPE == FA_ARG_F16 ? 0xFC00u : 0xFF80u)
+
+/* Four words of bias: rows 0-7 and 8-15 of fragment n, then of n + 1. */
+FA_INLINE void load_bias(uint32_t r[4], uint32_t shift_smem, int row_of_lane, int n) {
+  ldmatrix_x4(r, fa_chunk_address(shift_smem, row_of_lane, n + (laneid() >> 4), 256));
 }
 
-/* Waits for the copy and applies it to the scores. */
-FA_INLINE void apply_shifts(float s[][4], const fa_arg_problem *p, uint32_t shift_smem) {
-  int lane = laneid(), all = shift_is_one_row(p) ? 0 : 15, row_bytes = shift_row_bytes(p);
-  cp_async_wait_group(0);
-  __syncwarp(); /* all lanes' copies have landed */
-  if (shift_is_bias(p)) {
-    int row = lane & all, half = lane >> 4;
+FA_INLINE float bias_of_pair(uint32_t pair, int e) {
+  uint16_t bits = (uint16_t)(e ? pair >> 16 : pair);
+  return DTYPE == FA_ARG_F16 ? cvt_f32_f16(bits) : fa_bf16_to_float(bits);
+}
+
+/* s * scale + bias. A bias of -infinity forbids the pair, whatever its score, NaN included: looked for once for the whole block, since as unsigned
+ * numbers only NaNs are larger. */
+FA_INLINE void apply_bias(float s[][4], float scale, uint32_t shift_smem, int row_of_lane) {
+  uint32_t r[4], largest = 0;
 #pragma unroll
-    for (int n = 0; n < BLOCK_N / 8; n += 2) { /* rows 0-7, 8-15 of fragment n, then of n + 1 */
-      uint32_t r[4];
-      ldmatrix_x4(r, fa_chunk_address(shift_smem, row, n + half, row_bytes));
+  for (int n = 0; n < BLOCK_N / 8; n += 2) {
+    load_bias(r, shift_smem, row_of_lane, n);
 #pragma unroll
-      for (int i = 0; i < 4; i++) add_bias_pair(&s[n + i / 2][2 * (i % 2)], r[i]);
-    }
-  } else {
+    for (int i = 0; i < 4; i++) {
+      largest = max_u16x2(largest, r[i]);
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-      int row = ((lane >> 2) + 8 * r) & all;
-#pragma unroll
-      for (int n = 0; n < BLOCK_N / 8; n++) {
-        uint32_t four = ld_shared_b32(fa_chunk_address(shift_smem, row, n / 2, row_bytes) + n % 2 * 8 + (lane & 2) * 2);
-        uint32_t two = four >> (lane & 1) * 16;
-        if (!(two & 0xFFu)) s[n][2 * r] = MINUS_INFINITY;
-        if (!(two & 0xFF00u)) s[n][2 * r + 1] = MINUS_INFINITY;
+      for (int e = 0; e < 2; e++) {
+        float *at = &s[n + i / 2][2 * (i % 2) + e];
+        *at = __fmaf_rn(*at, scale, bias_of_pair(r[i], e));
       }
     }
   }
+  if (!__any_sync(0xFFFFFFFFu, (largest & 0xFFFFu) >= MINUS_INFINITY_BITS || largest >> 16 >= MINUS_INFINITY_BITS)) return;
+#pragma unroll
+  for (int n = 0; n < BLOCK_N / 8; n += 2) {
+    load_bias(r, shift_smem, row_of_lane, n);
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#pragma unroll
+      for (int e = 0; e < 2; e++)
+        if (bias_of_pair(r[i], e) == MINUS_INFINITY) s[n + i / 2][2 * (i % 2) + e] = MINUS_INFINITY;
+  }
+}
+
+/* s * scale, or -infinity where the mask forbids the pair. */
+FA_INLINE void apply_mask(float s[][4], float scale, uint32_t shift_smem, int rows_of_warp) {
+  int lane = laneid();
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    int row = ((lane >> 2) + 8 * r) & rows_of_warp;
+#pragma unroll
+    for (int n = 0; n < BLOCK_N / 8; n++) {
+      uint32_t four = ld_shared_b32(fa_chunk_address(shift_smem, row, n / 2, 128) + n % 2 * 8 + (lane & 2) * 2);
+      uint32_t two = four >> (lane & 1) * 16;
+      s[n][2 * r] = two & 0xFFu ? s[n][2 * r] * scale : MINUS_INFINITY;
+      s[n][2 * r + 1] = two & 0xFF00u ? s[n][2 * r + 1] * scale : MINUS_INFINITY;
+    }
+  }
+}
+
+/* Waits for the copy, and applies it to the scores, which are multiplied with `scale` first. */
+FA_INLINE void apply_shifts(float s[][4], float scale, const fa_arg_problem *p, uint32_t shift_smem) {
+  int rows_of_warp = shift_is_one_row(p) ? 0 : 15;
+  cp_async_wait_group(0);
+  __syncwarp(); /* all lanes' copies have landed */
+  if (shift_is_bias(p))
+    apply_bias(s, scale, shift_smem, laneid() & rows_of_warp);
+  else
+    apply_mask(s, scale, shift_smem, rows_of_warp);
   __syncwarp(); /* all lanes have read: the next copy may come */
 }
 

@@ -14,6 +14,7 @@
 
 #define WORK_BYTES 48
 #define NO_MORE_TILES -1
+#define LISTED_BLOCKS 1024 /* 32 for each lane of the producer */
 
 typedef struct {
   int b, h, m0;            /* batch entry, or NO_MORE_TILES; head, or the group's first; first position within the sequence */
@@ -21,7 +22,8 @@ typedef struct {
   int split;               /* FEW_ROWS: of the tile's keys these blocks are part number `split` */
   int len_q, len_k;        /* lengths of the sequence, and rows of it that the tensors hold: VARLEN only */
   int slot_q;
-  int q_start; /* where the sequence starts in the tensors: VARLEN only */
+  int q_start;     /* where the sequence starts in the tensors: VARLEN only */
+  unsigned listed; /* BLOCK_MASK: a word of the list of blocks, which is the producer's; see list_blocks */
 } work;
 
 /* Tells the compiler that a value is the same in all lanes. Descriptors made from it live in uniform registers, where wgmma wants them: otherwise
@@ -41,7 +43,8 @@ FA_INLINE work receive_work(const fa_arg_problem *p, uint32_t slot_smem) {
   uint32_t place[4], keys[4], lengths[4];
   ld_shared_v4(place, slot_smem);
   ld_shared_v4(keys, slot_smem + 16);
-  work t = {uniform(place[0]), uniform(place[1]), uniform(place[2]), uniform(place[3]), uniform(keys[0]), uniform(keys[1]), 0, 0, 0, 0, 0};
+  work t = {
+      uniform(place[0]), uniform(place[1]), uniform(place[2]), uniform(place[3]), uniform(keys[0]), uniform(keys[1]), 0, 0, 0, 0, 0, 0};
   t.len_q = t.slot_q = p->seqlen_q;
   t.len_k = p->seqlen_k;
   if (FEW_ROWS) t.split = uniform(keys[3]);
@@ -101,11 +104,29 @@ FA_INLINE unsigned seen_from(const fa_arg_problem *p, const work *t, int n) {
   return __ballot_sync(0xFFFFFFFFu, n >= t->first && block_is_seen(p, t->b, t->h, t->m0, n * BLOCK_N));
 }
 
-/* The last block up to n that the tile sees, below t->first when there is none. All lanes of the warp take part. */
-FA_INLINE int next_block(const fa_arg_problem *p, const work *t, int n) {
-  for (; BLOCK_MASK && n >= t->first; n -= 32) {
-    unsigned seen = seen_from(p, t, n);
+/* Lane i's word of the list of blocks that the tile sees: of n - 32 i and the 31 before it, one bit each. Their number, over all lanes, is added to
+ * *count. */
+FA_INLINE unsigned list_blocks(const fa_arg_problem *p, const work *t, int n, int *count) {
+  int lane = laneid();
+  unsigned mine = 0;
+#pragma unroll 4 /* reads side by side */
+  for (int i = 0; i < 32 && n - 32 * i >= t->first; i++) {
+    unsigned seen = seen_from(p, t, n - 32 * i);
+    *count += __popc(seen);
+    if (lane == i) mine = seen;
+  }
+  return mine;
+}
+
+/* The last block up to n that the tile sees, below t->first when there is none. All lanes of the warp take part. Blocks are asked for from last to
+ * first, each once. */
+FA_INLINE int next_block(const fa_arg_problem *p, work *t, int n) {
+  while (BLOCK_MASK && n >= t->first) {
+    int i = t->last - n, ignored = 0;
+    if (i > 0 && i % LISTED_BLOCKS == 0) t->listed = list_blocks(p, t, n, &ignored);
+    unsigned seen = __shfl_sync(0xFFFFFFFFu, t->listed, i / 32 % 32) >> i % 32;
     if (seen) return n + 1 - __ffs((int)seen);
+    n -= 32 - i % 32;
   }
   return n;
 }
@@ -115,7 +136,7 @@ FA_INLINE work find_work(const fa_arg_problem *p, const fa_schedule *schedule, i
   int head, index, of_sequence;
   int positions = positions_of(p, BLOCK_M), heads_of_tile = FEW_ROWS && p->pack_log2 ? p->group : 1, heads = p->heads_q / heads_of_tile,
       split = 0;
-  work none = {NO_MORE_TILES, 0, 0, 0, -1, 0, 0, 0, 0, 0, 0};
+  work none = {NO_MORE_TILES, 0, 0, 0, -1, 0, 0, 0, 0, 0, 0, 0};
   if (number >= schedule->total) return none;
   if (FEW_ROWS) {
     split = number % schedule->splits;
@@ -135,7 +156,7 @@ FA_INLINE work find_work(const fa_arg_problem *p, const fa_schedule *schedule, i
   } else if (VARLEN) {
     fa_read_lengths(p, &found);
   }
-  work t = {found.b, found.h * heads_of_tile, found.m0, 0, -1, 0, split, found.len_q, found.len_k, found.slot_q, (int)found.q_start};
+  work t = {found.b, found.h * heads_of_tile, found.m0, 0, -1, 0, split, found.len_q, found.len_k, found.slot_q, (int)found.q_start, 0};
   *k_start = (int)found.k_start;
   seen_blocks(p, t.len_q, t.len_k, t.m0, fa_min(t.m0 + positions, t.len_q), &t.first, &t.last);
   if (FEW_ROWS) {
@@ -146,7 +167,8 @@ FA_INLINE work find_work(const fa_arg_problem *p, const fa_schedule *schedule, i
   t.blocks = fa_max(0, t.last - t.first + 1);
   if (BLOCK_MASK) {
     t.blocks = 0;
-    for (int n = t.last; n >= t.first; n -= 32) t.blocks += __popc(seen_from(p, &t, n));
+    t.listed = list_blocks(p, &t, t.last, &t.blocks);
+    for (int n = t.last - LISTED_BLOCKS; n >= t.first; n -= LISTED_BLOCKS) list_blocks(p, &t, n, &t.blocks);
   }
   return t;
 }
