@@ -3,6 +3,8 @@ list (test_attention.py)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -99,6 +101,40 @@ def test_backward_of_large_scores_from_the_forward_pass() -> None:
     _, _, pt = reference.attention_with_gradients(call, call["dout"], call["dlse"], torch.float32)
     for name in "qkv":
         assert reference.worst_error(found[name], ref[name]) <= reference.allowance(f"d{name}", pt[name], ref[name], torch.float32), name
+
+
+def huge_but_hidden(call: dict) -> None:
+    """The last keys, which nothing sees, hold large finite numbers."""
+    call["mask"] = torch.ones(1, 1, 1, call["k"].shape[1], dtype=torch.bool)
+    call["mask"][..., -7:] = False
+    call["k"][:, -7:], call["v"][:, -7:] = 1e19, -1e36
+
+
+def rows_of_all_sizes(call: dict) -> None:
+    for name, lowest, highest in (("k", -30, 3), ("v", -60, 30), ("dout", -30, 30)):
+        x = call[name]
+        x *= torch.exp2(torch.randint(lowest, highest, (*x.shape[:-1], 1)).to(x.dtype))
+
+
+def far_from_one(call: dict) -> None:
+    for name, factor in (("q", 1e25), ("k", 1e-25), ("v", 1e-20), ("dout", 1e-12)):
+        call[name] *= factor
+
+
+@pytest.mark.parametrize("change", [huge_but_hidden, rows_of_all_sizes, far_from_one], ids=lambda f: f.__name__)
+def test_float32_of_any_size(change: Callable[[dict], None]) -> None:
+    """Operands are split into terms of 5 bits of exponent; a scale for each row makes up for that, whatever its neighbours hold."""
+    torch.manual_seed(5)
+    call = build(Case("causal", dtype="float32", causal=change is not huge_but_hidden, **SHAPE))
+    change(call)
+    gpu_model.set_device(*A100)
+    out, lse = gpu_model.forward(call)
+    found = {"out": out, **gpu_model.backward(call, out, lse)}
+    ref_out, _, ref = reference.attention_with_gradients(call, call["dout"], call["dlse"])
+    pt_out, _, pt = reference.attention_with_gradients(call, call["dout"], call["dlse"], torch.float32)
+    for name, exact, unfused, times in [("out", ref_out, pt_out, 2), *((n, ref[n], pt[n], 3) for n in "qkv")]:
+        error, allowed = (float((x.double() - exact).abs().max()) for x in (found[name], unfused))
+        assert error <= times * allowed + 1e-6 * float(exact.abs().max()), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -46,6 +46,7 @@ int64_t fa_sequence_tiles(const fa_problem *p, int64_t total, int seqlen, int ro
 /* As laid out in fwd_sm80.cu. */
 static int smem_of(const forward_tile *t, int dim_qk, int columns) {
   int tiles = (t->block_m * dim_qk + t->stages * t->block_n * (dim_qk + columns)) * t->element_bytes;
+  if (t->element_bytes == 4) tiles += (t->block_m + 2 * t->stages * t->block_n) * (int)sizeof(float); /* scales of rows (split.h) */
   return fa_max(tiles, t->block_m * (columns + 8) * 4);
 }
 
@@ -136,7 +137,7 @@ static fa_code plan_sm80(const fa_problem *p, const fa_device_limits *limits, fa
   };
   for (size_t i = 0; i < sizeof constants / sizeof *constants; i++) fa_add_constant(k, constants[i].name, constants[i].value);
   if (!aligned) note(plan, "q, k or v: rows are not contiguous, 16-byte aligned and a multiple of 16 bytes: loaded element by element");
-  if (p->dtype == FA_F32) note(plan, "float32 runs on tensor cores in three TF32 terms");
+  if (p->dtype == FA_F32) note(plan, "float32 runs on tensor cores in products of two fp16 terms");
   return FA_OK;
 }
 

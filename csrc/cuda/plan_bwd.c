@@ -71,18 +71,21 @@ static int pad_of(const key_tile *t) {
   return fa_max(DIM_PAD, 16 * t->warps / (t->kernel == KEYS ? t->dq_warps : fa_min(t->kv_warps, t->dq_warps)));
 }
 
+/* fp32: scales of a row of Q or K and of dO or V (split.h). */
+static int scale_bytes(int element_bytes) { return element_bytes == 4 ? 2 * (int)sizeof(float) : 0; }
+
 static int key_smem(const fa_problem *p, const key_tile *t) {
   int dims = fa_round_up(p->dim_qk, pad_of(t)) + fa_round_up(p->dim_v, pad_of(t));
   int score_tiles = t->stages == 3 ? 4 : 2; /* P and dS, of one tile or of two; with KEYS dS of two */
   int statistics = t->kernel == KEYS || (t->stages >= 2 && t->ctas == 1) ? t->stages * 2 * t->block_m * (int)sizeof(float) : 0;
   int exchange = t->kernel == PAIRS ? t->block_m * t->block_n * (int)sizeof(float) : 0;
-  int elements = (t->block_n + t->stages * t->block_m) * dims + score_tiles * t->block_m * t->block_n;
-  return elements * t->element_bytes + statistics + exchange + WORK_SMEM;
+  int rows = t->block_n + t->stages * t->block_m, elements = rows * dims + score_tiles * t->block_m * t->block_n;
+  return elements * t->element_bytes + rows * scale_bytes(t->element_bytes) + statistics + exchange + WORK_SMEM;
 }
 
 static int row_smem(const fa_problem *p, const row_tile *t, int stages) {
   int dims = fa_round_up(p->dim_qk, DIM_PAD) + fa_round_up(p->dim_v, DIM_PAD);
-  return (16 * t->warps + stages * t->block_n) * dims * t->element_bytes;
+  return (16 * t->warps + stages * t->block_n) * (dims * t->element_bytes + scale_bytes(t->element_bytes));
 }
 
 /* Two slices of operands, P and dS. */
@@ -127,7 +130,7 @@ static choice choose(const fa_problem *p, const fa_device_limits *limits, fa_bac
   if (!c.plain && !c.aligned)
     note(plan,
          "q, k, v, out or a gradient: rows are not contiguous, 16-byte aligned and a multiple of 16 bytes: loaded element by element");
-  if (!c.plain && p->dtype == FA_F32) note(plan, "float32 runs on tensor cores in three TF32 terms");
+  if (!c.plain && p->dtype == FA_F32) note(plan, "float32 runs on tensor cores in products of two fp16 terms");
   if (!c.plain && c.wants_keys && c.wants_rows && !plan->adds_dq)
     note(plan, "dq comes from a kernel of its own, since deterministic or the gradient of alibi_slopes is asked for");
   return c;

@@ -19,7 +19,7 @@
 #include "cuda/store/store.h"
 
 enum { MOST_THREADS = 640, STACK_BYTES = 256 << 10, LANES = 32, WORDS = 12 };
-enum { MEET_SHUFFLE = 1, MEET_BALLOT, MEET_LDMATRIX, MEET_LDMATRIX_TRANS, MEET_MMA_F16, MEET_MMA_BF16, MEET_MMA_TF32, MEET_SYNC };
+enum { MEET_SHUFFLE = 1, MEET_BALLOT, MEET_LDMATRIX, MEET_LDMATRIX_TRANS, MEET_MMA_F16, MEET_MMA_BF16, MEET_SYNC };
 
 typedef struct {
   jmp_buf here;
@@ -87,7 +87,6 @@ static void ldmatrix(warp *w, int transposed) {
 }
 
 static float element(uint32_t word, int half, int meeting) {
-  if (meeting == MEET_MMA_TF32) return fa_float(word & 0xFFFFE000u);
   uint16_t bits = (uint16_t)(word >> (16 * half));
   return meeting == MEET_MMA_F16 ? fa_from_f16(bits) : fa_from_bf16(bits);
 }
@@ -99,21 +98,19 @@ static float toward_zero(double x) {
 }
 
 static void mma(warp *w, int meeting) {
-  int halves = meeting == MEET_MMA_TF32 ? 1 : 2, depth = 8 * halves;
   float a[16][16], b[16][8];
   for (int lane = 0; lane < LANES; lane++) {
     int g = lane / 4, q = lane % 4;
     for (int i = 0; i < 4; i++)
-      for (int h = 0; h < halves; h++)
-        a[g + 8 * (i & 1)][halves * q + h + (i >> 1) * depth / 2] = element(w->words[lane][4 + i], h, meeting);
+      for (int h = 0; h < 2; h++) a[g + 8 * (i & 1)][2 * q + h + 8 * (i >> 1)] = element(w->words[lane][4 + i], h, meeting);
     for (int i = 0; i < 2; i++)
-      for (int h = 0; h < halves; h++) b[halves * q + h + i * depth / 2][g] = element(w->words[lane][8 + i], h, meeting);
+      for (int h = 0; h < 2; h++) b[2 * q + h + 8 * i][g] = element(w->words[lane][8 + i], h, meeting);
   }
   for (int lane = 0; lane < LANES; lane++)
     for (int e = 0; e < 4; e++) {
       int row = lane / 4 + 8 * (e >> 1), column = 2 * (lane % 4) + (e & 1);
       double d = fa_float(w->words[lane][e]);
-      for (int k = 0; k < depth; k++) d += (double)a[row][k] * b[k][column];
+      for (int k = 0; k < 16; k++) d += (double)a[row][k] * b[k][column];
       w->words[lane][e] = fa_bits(toward_zero(d));
     }
 }

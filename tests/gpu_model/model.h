@@ -37,16 +37,7 @@ extern unsigned char shared[];
 unsigned model_thread_index(void);
 unsigned model_block_size(void);
 
-enum model_meeting {
-  MEET_SHUFFLE = 1,
-  MEET_BALLOT,
-  MEET_LDMATRIX,
-  MEET_LDMATRIX_TRANS,
-  MEET_MMA_F16,
-  MEET_MMA_BF16,
-  MEET_MMA_TF32,
-  MEET_SYNC
-};
+enum model_meeting { MEET_SHUFFLE = 1, MEET_BALLOT, MEET_LDMATRIX, MEET_LDMATRIX_TRANS, MEET_MMA_F16, MEET_MMA_BF16, MEET_SYNC };
 
 /* Meets the other lanes of the warp; `words` in and out, at most 12. */
 void model_meet_warp(enum model_meeting meeting, uint32_t *words);
@@ -155,6 +146,7 @@ static inline void cp_async_commit_group() {}
 static inline void st_shared_v4(uint32_t dst_smem, const uint32_t r[4]) { memcpy(shared + dst_smem, r, 16); }
 static inline void st_shared_b32(uint32_t dst_smem, uint32_t r) { memcpy(shared + dst_smem, &r, 4); }
 static inline void ld_shared_v2_f32(float x[2], uint32_t src_smem) { memcpy(x, shared + src_smem, 8); }
+static inline void st_shared_v2(uint32_t dst_smem, const uint32_t r[2]) { memcpy(shared + dst_smem, r, 8); }
 static inline void ld_shared_v4(uint32_t r[4], uint32_t src_smem) { memcpy(r, shared + src_smem, 16); }
 static inline uint32_t ld_shared_b32(uint32_t src_smem) {
   uint32_t r;
@@ -180,7 +172,6 @@ static inline void model_mma(enum model_meeting meeting, float d[4], const uint3
 }
 static inline void mma_m16n8k16_f16(float d[4], const uint32_t a[4], const uint32_t b[2]) { model_mma(MEET_MMA_F16, d, a, b); }
 static inline void mma_m16n8k16_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) { model_mma(MEET_MMA_BF16, d, a, b); }
-static inline void mma_m16n8k8_tf32(float d[4], const uint32_t a[4], const uint32_t b[2]) { model_mma(MEET_MMA_TF32, d, a, b); }
 
 static inline float ex2_approx(float x) { return exp2f(x); }
 

@@ -178,7 +178,7 @@ FA_INLINE void slab_product_exact(float acc[][4], int n_count, float s[][4], uin
 #pragma unroll
       for (int half = 0; half < 2; half++)
 #pragma unroll
-        for (int m = 0; m < KEY_M; m++) fa_mma_finite(acc[m * n_count + n + half], &a[m], a_flags[m], b[half], flags);
+        for (int m = 0; m < KEY_M; m++) fa_mma_finite(acc[m * n_count + n + half], &a[m], 0, a_flags[m], b[half], flags);
     }
   }
 }

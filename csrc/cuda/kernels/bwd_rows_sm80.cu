@@ -11,7 +11,7 @@
  *          +-------+-------+-------+
  *
  * Shared memory, bytes, in this order: Q BLOCK_M * HEAD_DIM * size, dO BLOCK_M * DIM_V * size, K STAGES * BLOCK_N * HEAD_DIM * size,
- * V STAGES * BLOCK_N * DIM_V * size. Loads are cp.async; with two stages the next tile arrives during this one: one barrier a step.
+ * V STAGES * BLOCK_N * DIM_V * size; fp32: 4 more for each row (split.h). Loads are cp.async; with two stages the next tile arrives during this one: one barrier a step.
  *
  * Registers a thread: dQ HEAD_DIM / 2, S and dP BLOCK_N. S and dP are computed once more than in bwd_sm80.cu: seven products in all,
  * not five.
@@ -30,8 +30,10 @@
 #define DQ_N (HEAD_DIM / 8)
 #define K_ROW_BYTES (HEAD_DIM * ELEMENT_BYTES)
 #define V_ROW_BYTES (DIM_V * ELEMENT_BYTES)
-#define K_TILE_BYTES (BLOCK_N * K_ROW_BYTES)
-#define V_TILE_BYTES (BLOCK_N * V_ROW_BYTES)
+#define K_TILE_BYTES (BLOCK_N * (K_ROW_BYTES + SCALE_BYTES))
+#define V_TILE_BYTES (BLOCK_N * (V_ROW_BYTES + SCALE_BYTES))
+#define Q_TILE_BYTES (BLOCK_M * (K_ROW_BYTES + SCALE_BYTES))
+#define DO_TILE_BYTES (BLOCK_M * (V_ROW_BYTES + SCALE_BYTES))
 
 typedef struct {
   uint32_t q, dout, k, v;
@@ -55,20 +57,21 @@ FA_INLINE void load_key_side(const fa_gradient_args *args, const fa_tile *tile, 
 /* dQ += dS K with dS in fragments. */
 FA_INLINE void accumulate(float dq[DQ_N][4], float ds[S_N][4], uint32_t k_smem) {
   int lane = (int)fa_opaque(threadIdx.x % 32);
-  fa_tile_operand k_tile = {k_smem, FA_BY_COLUMNS, 0, K_ROW_BYTES};
+  fa_tile_operand k_tile = {k_smem, FA_BY_COLUMNS, 0, K_ROW_BYTES, BLOCK_N};
 #pragma unroll
   for (int step = 0; step < BLOCK_N / FA_STEP_ROWS; step++) {
     fa_operand_a a;
-    fa_operand_from_accumulator(&a, ds, step);
+    float back[2];
+    if (DTYPE == FA_ARG_F32)
+      fa_split_accumulators(&a, &ds[2 * step], 1, fa_scales_of(k_tile) + 64 * step, back);
+    else
+      fa_operand_from_accumulator(&a, ds, step);
 #pragma unroll
     for (int n = 0; n < DQ_N; n += 2) {
       fa_operand_b k[2];
       fa_load_operand_b(k, k_tile, lane, 8 * n, step);
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        fa_split_b(&k[half]);
-        fa_mma(dq[n + half], &a, &k[half]);
-      }
+      for (int half = 0; half < 2; half++) fa_mma_back(dq[n + half], &a, &k[half], back);
     }
   }
 }
@@ -76,7 +79,7 @@ FA_INLINE void accumulate(float dq[DQ_N][4], float ds[S_N][4], uint32_t k_smem) 
 /* Infinite and NaN elements of K become 0, so that they reach dQ only through the dS of the rows that see them, which is NaN. */
 FA_INLINE void clear_nonfinite(uint32_t k_smem) {
 #pragma unroll 1
-  for (uint32_t at = 4 * threadIdx.x; at < K_TILE_BYTES; at += 4 * THREADS) {
+  for (uint32_t at = 4 * threadIdx.x; at < BLOCK_N * K_ROW_BYTES; at += 4 * THREADS) {
     uint32_t word = ld_shared_b32(k_smem + at);
     fa_flag_nonfinite(&word);
     st_shared_b32(k_smem + at, word);
@@ -93,13 +96,13 @@ FA_INLINE void key_step(warp_state *w, const fa_gradient_args *args, const fa_gr
 #pragma unroll
   for (int n = 0; n < S_N; n++)
 #pragma unroll
-    for (int e = 0; e < 4; e++) s[n][e] = dp[n][e] = 0.0f;
+    for (int e = 0; e < 4; e++) dp[n][e] = 0.0f;
   if (mine) {
-    fa_tile_operand q = {smem->q, FA_BY_ROWS, warp_row, K_ROW_BYTES}, k = {k_smem, FA_BY_ROWS, 0, K_ROW_BYTES};
-    fa_tile_operand dout = {smem->dout, FA_BY_ROWS, warp_row, V_ROW_BYTES};
-    fa_tile_operand v = {smem->v + stage * V_TILE_BYTES, FA_BY_ROWS, 0, V_ROW_BYTES};
-    fa_product(s, 1, S_N, HEAD_DIM, q, k);
-    fa_product(dp, 1, S_N, DIM_V, dout, v);
+    fa_tile_operand q = {smem->q, FA_BY_ROWS, warp_row, K_ROW_BYTES, BLOCK_M}, k = {k_smem, FA_BY_ROWS, 0, K_ROW_BYTES, BLOCK_N};
+    fa_tile_operand dout = {smem->dout, FA_BY_ROWS, warp_row, V_ROW_BYTES, BLOCK_M};
+    fa_tile_operand v = {smem->v + stage * V_TILE_BYTES, FA_BY_ROWS, 0, V_ROW_BYTES, BLOCK_N};
+    fa_product_of_rows(s, 1, S_N, HEAD_DIM, q, k);
+    fa_product_of_rows(dp, 1, S_N, DIM_V, dout, v);
     poisoned = fa_has_nonfinite(s, S_N);
     fa_gradient_wish wish = {0, args->dalibi_tiles ? w->slope_sums : 0};
     fa_gradient_fragments(s, dp, S_N, &args->problem, head, row0 + (lane >> 2), n0, full, w->lse, w->delta, wish);
@@ -127,9 +130,14 @@ FA_INLINE void walk_keys(warp_state *w, const fa_gradient_args *args, const fa_t
   fa_load_tile(smem->dout, dout_gmem, &args->dout, tile->len_q - tile->m0, p->dim_v, BLOCK_M, DIM_V, THREADS);
   load_key_side(args, tile, smem, n * BLOCK_N, 0);
   cp_async_commit_group();
+  cp_async_wait_group(0);
+  fa_split_tile(smem->q, BLOCK_M, HEAD_DIM, THREADS);
+  fa_split_tile(smem->dout, BLOCK_M, DIM_V, THREADS);
   while (n >= 0) {
     int next = fa_walk_next(&walk), n0 = n * BLOCK_N;
     cp_async_wait_group(0);
+    fa_split_tile(smem->k + stage * K_TILE_BYTES, BLOCK_N, HEAD_DIM, THREADS);
+    fa_split_tile(smem->v + stage * V_TILE_BYTES, BLOCK_N, DIM_V, THREADS);
     __syncthreads(); /* K and V of this tile have landed for all; all warps are done with the other stage */
     if (STAGES == 2 && next >= 0) load_key_side(args, tile, smem, next * BLOCK_N, stage ^ 1);
     cp_async_commit_group();
@@ -193,8 +201,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) bwd_rows_sm80(const __g
   if (!fa_find_query_tile(&args.problem, args.row_tiles, 1, BLOCK_M, &tile)) return;
   shared_map smem;
   smem.q = smem_address(shared);
-  smem.dout = smem.q + BLOCK_M * K_ROW_BYTES;
-  smem.k = smem.dout + BLOCK_M * V_ROW_BYTES;
+  smem.dout = smem.q + Q_TILE_BYTES;
+  smem.k = smem.dout + DO_TILE_BYTES;
   smem.v = smem.k + STAGES * K_TILE_BYTES;
 
   int row0 = tile.m0 + threadIdx.x / 32 * 16;

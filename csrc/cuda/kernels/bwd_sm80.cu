@@ -1,5 +1,5 @@
-/* bwd_sm80.cu: gradients of K and V, and dQ by addition, on mma.sync, for sm_80 and every later GPU; fp16, bf16, and fp32 in three TF32
- * terms.
+/* bwd_sm80.cu: gradients of K and V, and dQ by addition, on mma.sync, for sm_80 and every later GPU; fp16, bf16, and fp32 in pairs
+ * of fp16.
  *
  * One CTA owns BLOCK_N keys of one key head. K and V stay; Q and dO of every query tile that sees them pass by, for each query head of the
  * group, so dK and dV are complete in registers at the end and are written once: no atomics, bitwise stable.
@@ -12,7 +12,7 @@
  *            +-------+-------+-------+                   dQ = dS K, added to dq_sum            DQ_WARPS warps split the rows
  *               ...then head h + 1 of the group          (the other warps split the columns)
  *
- * Shared memory, bytes, in this order (rows swizzled, tile.h):
+ * Shared memory, bytes, in this order (rows swizzled, tile.h; fp32: 4 more for each row of the first four, which are split in place, split.h):
  *   K    BLOCK_N * HEAD_DIM * size                V    BLOCK_N * DIM_V * size
  *   Q    STAGES * BLOCK_M * HEAD_DIM * size       dO   STAGES * BLOCK_M * DIM_V * size
  *   P    BLOCK_M * BLOCK_N * size                 dS   the same; both twice with three stages
@@ -44,7 +44,7 @@
  */
 #define REAL float
 /* fp32: more of them side by side take registers that dK and dV need. */
-#define STEP_UNROLL (DTYPE != 1 ? 64 : WARPS == 8 ? 4 : 2)
+#define STEP_UNROLL (DTYPE != 1 ? 64 : HEAD_DIM <= 192 ? 2 : 1)
 
 #include "work_bwd.h"
 
@@ -112,13 +112,6 @@ FA_INLINE void load_query_side(const fa_gradient_args *args, const fa_tile *tile
   if (SHARED_STATISTICS) fa_load_statistics(args, tile, at, smem->statistics + stage * STATISTICS_BYTES);
 }
 
-FA_INLINE void clear(float s[][4], int count) {
-#pragma unroll
-  for (int i = 0; i < count; i++)
-#pragma unroll
-    for (int e = 0; e < 4; e++) s[i][e] = 0.0f;
-}
-
 /* Of m_count times 16 rows from row0 on of the tile at m0. */
 FA_INLINE void read_statistics(const fa_gradient_args *args, const fa_tile *tile, int h, const shared_map *smem, int m0, int stage,
                                int row0, int m_count, float lse[][2], float delta[][2]) {
@@ -160,14 +153,13 @@ FA_INLINE int gradient_tile(const fa_gradient_args *args, const fa_gradient_head
   int warp = threadIdx.x / 32, row0 = warp % S_WARPS * S_ROWS, column0 = warp / S_WARPS * S_COLUMNS;
   if (warp >= S_WARPS * S_COLUMN_WARPS) return 0; /* small tiles have fewer parts than there are warps */
   float s[S_M * S_N][4], dp[S_M * S_N][4], lse[S_M][2], delta[S_M][2];
-  clear(s, S_M * S_N);
-  clear(dp, S_M * S_N);
-  fa_tile_operand q = {smem->q + stage * Q_TILE_BYTES, FA_BY_ROWS, row0, K_ROW_BYTES}, k = {smem->k, FA_BY_ROWS, column0, K_ROW_BYTES};
-  fa_tile_operand dout = {smem->dout + stage * DO_TILE_BYTES, FA_BY_ROWS, row0, V_ROW_BYTES},
-                  v = {smem->v, FA_BY_ROWS, column0, V_ROW_BYTES};
-  fa_product(s, S_M, S_N, HEAD_DIM, q, k);
+  fa_tile_operand q = {smem->q + stage * Q_TILE_BYTES, FA_BY_ROWS, row0, K_ROW_BYTES, BLOCK_M},
+                  k = {smem->k, FA_BY_ROWS, column0, K_ROW_BYTES, BLOCK_N};
+  fa_tile_operand dout = {smem->dout + stage * DO_TILE_BYTES, FA_BY_ROWS, row0, V_ROW_BYTES, BLOCK_M},
+                  v = {smem->v, FA_BY_ROWS, column0, V_ROW_BYTES, BLOCK_N};
+  fa_product_of_rows(s, S_M, S_N, HEAD_DIM, q, k);
   if (!SHARED_STATISTICS) read_statistics(args, tile, head->h, smem, m0, stage, row0, S_M, lse, delta); /* they arrive during dO V^T */
-  fa_product(dp, S_M, S_N, DIM_V, dout, v);
+  fa_product_of_rows(dp, S_M, S_N, DIM_V, dout, v);
   if (SHARED_STATISTICS) read_statistics(args, tile, head->h, smem, m0, stage, row0, S_M, lse, delta);
   return weigh(args, head, tile, smem, m0, buffer, s, dp, S_M, row0, column0, lse, delta);
 }
@@ -179,15 +171,14 @@ FA_INLINE int paired_gradient_tile(const fa_gradient_args *args, const fa_gradie
   int lane = threadIdx.x % 32, half = threadIdx.x / 32 / S_PARTS, pair = threadIdx.x / 32 % S_PARTS;
   int row0 = pair % S_WARPS * S_ROWS, column0 = pair / S_WARPS * S_COLUMNS;
   float product[2 * S_N][4], s[S_N][4], dp[S_N][4], lse[1][2], delta[1][2];
-  clear(product, 2 * S_N);
   if (half) {
-    fa_tile_operand dout = {smem->dout + stage * DO_TILE_BYTES, FA_BY_ROWS, row0, V_ROW_BYTES};
-    fa_tile_operand v = {smem->v, FA_BY_ROWS, column0, V_ROW_BYTES};
-    fa_product(product, 2, S_N, DIM_V, dout, v);
+    fa_tile_operand dout = {smem->dout + stage * DO_TILE_BYTES, FA_BY_ROWS, row0, V_ROW_BYTES, BLOCK_M};
+    fa_tile_operand v = {smem->v, FA_BY_ROWS, column0, V_ROW_BYTES, BLOCK_N};
+    fa_product_of_rows(product, 2, S_N, DIM_V, dout, v);
   } else {
-    fa_tile_operand q = {smem->q + stage * Q_TILE_BYTES, FA_BY_ROWS, row0, K_ROW_BYTES};
-    fa_tile_operand k = {smem->k, FA_BY_ROWS, column0, K_ROW_BYTES};
-    fa_product(product, 2, S_N, HEAD_DIM, q, k);
+    fa_tile_operand q = {smem->q + stage * Q_TILE_BYTES, FA_BY_ROWS, row0, K_ROW_BYTES, BLOCK_M};
+    fa_tile_operand k = {smem->k, FA_BY_ROWS, column0, K_ROW_BYTES, BLOCK_N};
+    fa_product_of_rows(product, 2, S_N, HEAD_DIM, q, k);
   }
   uint32_t exchange_smem = smem->exchange + pair * (S_N * 1024) + lane * 16;
 #pragma unroll
@@ -222,8 +213,8 @@ FA_INLINE void add_dq(const fa_gradient_args *args, const fa_tile *tile, int h, 
   for (int i = 0; i < DQ_M * DQ_N; i++)
 #pragma unroll
     for (int e = 0; e < 4; e++) dq[i][e] = 0.0f;
-  fa_tile_operand ds = {smem->ds + buffer * 2 * S_TILE_BYTES, FA_BY_ROWS, row0, S_ROW_BYTES},
-                  k = {smem->k, FA_BY_COLUMNS, column0, K_ROW_BYTES};
+  fa_tile_operand ds = {smem->ds + buffer * 2 * S_TILE_BYTES, FA_BY_ROWS, row0, S_ROW_BYTES, BLOCK_M},
+                  k = {smem->k, FA_BY_COLUMNS, column0, K_ROW_BYTES, BLOCK_N};
   if (poisoned)
     fa_product_exact(dq, DQ_M, DQ_N, BLOCK_N, ds, k, 0);
   else
@@ -235,9 +226,9 @@ FA_INLINE void add_dq(const fa_gradient_args *args, const fa_tile *tile, int h, 
 FA_INLINE void accumulate(warp_sums *sums, const shared_map *smem, int stage, int buffer, int poisoned) {
   int warp = threadIdx.x / 32, key0 = warp % KV_WARPS * KV_ROWS, part = warp / KV_WARPS;
   uint32_t p_smem = smem->p + buffer * 2 * S_TILE_BYTES, ds_smem = smem->ds + buffer * 2 * S_TILE_BYTES;
-  fa_tile_operand p = {p_smem, FA_BY_COLUMNS, key0, S_ROW_BYTES}, ds = {ds_smem, FA_BY_COLUMNS, key0, S_ROW_BYTES};
-  fa_tile_operand dout = {smem->dout + stage * DO_TILE_BYTES, FA_BY_COLUMNS, part * DV_COLUMNS, V_ROW_BYTES};
-  fa_tile_operand q = {smem->q + stage * Q_TILE_BYTES, FA_BY_COLUMNS, part * DK_COLUMNS, K_ROW_BYTES};
+  fa_tile_operand p = {p_smem, FA_BY_COLUMNS, key0, S_ROW_BYTES, BLOCK_M}, ds = {ds_smem, FA_BY_COLUMNS, key0, S_ROW_BYTES, BLOCK_M};
+  fa_tile_operand dout = {smem->dout + stage * DO_TILE_BYTES, FA_BY_COLUMNS, part * DV_COLUMNS, V_ROW_BYTES, BLOCK_M};
+  fa_tile_operand q = {smem->q + stage * Q_TILE_BYTES, FA_BY_COLUMNS, part * DK_COLUMNS, K_ROW_BYTES, BLOCK_M};
   if (poisoned) {
     fa_product_exact(sums->dv, KV_M, DV_N, BLOCK_M, p, dout, 1);
     fa_product_exact(sums->dk, KV_M, DK_N, BLOCK_M, ds, q, 0);
@@ -275,7 +266,7 @@ FA_INLINE void walk_in_turn(warp_sums *sums, const fa_gradient_args *args, const
   const fa_tile *tile = &work->tile;
   fa_gradient_head head;
   fa_query_tile walk = fa_start_query_tiles(work);
-  int stage = 0, h = -1;
+  int stage = 0, h = -1, first = 1;
   fa_next_query_tile(&walk, p, work);
   if (walk.h == work->heads_end) return;
   fa_load_key_tiles(args, tile, smem->k, smem->v);
@@ -289,6 +280,9 @@ FA_INLINE void walk_in_turn(warp_sums *sums, const fa_gradient_args *args, const
     fa_next_query_tile(&walk, p, work);
     int more = walk.h < work->heads_end;
     cp_async_wait_group(0);
+    if (first) fa_split_tiles(smem->k, smem->v, BLOCK_N);
+    first = 0;
+    fa_split_tiles(smem->q + stage * Q_TILE_BYTES, smem->dout + stage * DO_TILE_BYTES, BLOCK_M);
     __syncthreads(); /* Q and dO of this tile have landed for all; all warps are done with P, dS and the other stage */
     if (STAGES == 2 && more) load_query_side(args, tile, smem, &walk, stage ^ 1);
     cp_async_commit_group();

@@ -1,4 +1,4 @@
-/* fwd_sm80.cu: forward attention on mma.sync, for sm_80 and every later GPU; fp16, bf16, and fp32 in three TF32 terms.
+/* fwd_sm80.cu: forward attention on mma.sync, for sm_80 and every later GPU; fp16, bf16, and fp32 in pairs of fp16.
  *
  * One CTA computes BLOCK_M query rows of one head; each warp owns BLOCK_M / WARPS of them (16 or 32) and sees every key, so that softmax never
  * leaves a quad of lanes.
@@ -14,7 +14,7 @@
  * that need it; with two stages a warp skips tiles that none of its rows sees. The grid's second axis cuts wide V and O into columns of
  * DIM_V where O would not fit the registers (fp32 above 128).
  *
- * Shared memory, bytes, in this order (rows swizzled, tile.h):
+ * Shared memory, bytes, in this order (rows swizzled, tile.h; fp32: 4 more for each row, and tiles are split in place when they have landed, split.h):
  *   Q    BLOCK_M * HEAD_DIM * size                 read by its own warp only
  *   K    STAGES * BLOCK_N * HEAD_DIM * size
  *   V    STAGES * BLOCK_N * DIM_V * size
@@ -25,7 +25,7 @@
  * Registers a thread: O takes BLOCK_M / WARPS * DIM_V / 32, S takes BLOCK_M / WARPS * BLOCK_N / 32; csrc/cuda/tiles.def keeps their sum at
  * 160 or less of 255. What limits (docs/kernels/fwd_sm80.md): each warp's own string of instructions, since two warps a scheduler hide half of the waiting
  * only; at dims above 128, where a fragment of K or V serves one product, the reads of shared memory. mma.sync itself reaches 640 TFLOP/s on an H200.
- * fp32: splitting operands into their TF32 terms, then the rate.
+ * fp32: instructions that are no products.
  *
  * What it takes, for bf16, equal dims, no feature of its own, compiled by NVRTC 13.0:
  *   sm_80   HEAD_DIM=64   248 registers   49152 bytes
@@ -41,9 +41,9 @@
  */
 #define REAL float
 
-#include "mma.h"
 #include "score.h"
 #include "softmax.h"
+#include "split.h"
 #include "visible.h"
 
 #define THREADS (32 * WARPS)
@@ -51,14 +51,17 @@
 #define M_FRAGS (WARP_ROWS / 16)
 #define N_FRAGS (BLOCK_N / 8)
 #define V_FRAGS (DIM_V / 8)
-#define QK_STEPS (HEAD_DIM * ELEMENT_BYTES / 32)
+#define QK_STEPS (HEAD_DIM / 16)
 #define PV_STEPS (BLOCK_N / FA_STEP_ROWS)
-#define STEPS_TOGETHER (DTYPE == FA_ARG_F32 ? 4 : QK_STEPS) /* of Q K^T: unrolled */
+#define STEPS_TOGETHER (DTYPE == FA_ARG_F32 ? 2 : QK_STEPS) /* of Q K^T: unrolled */
 #define Q_ROW_BYTES (HEAD_DIM * ELEMENT_BYTES)
 #define V_ROW_BYTES (DIM_V * ELEMENT_BYTES)
-#define Q_TILE_BYTES (BLOCK_M * Q_ROW_BYTES)
-#define K_TILE_BYTES (BLOCK_N * Q_ROW_BYTES)
-#define V_TILE_BYTES (BLOCK_N * V_ROW_BYTES)
+#define Q_TILE_BYTES (BLOCK_M * (Q_ROW_BYTES + SCALE_BYTES))
+#define K_TILE_BYTES (BLOCK_N * (Q_ROW_BYTES + SCALE_BYTES))
+#define V_TILE_BYTES (BLOCK_N * (V_ROW_BYTES + SCALE_BYTES))
+#define Q_SCALES (BLOCK_M * Q_ROW_BYTES) /* in a tile */
+#define K_SCALES (BLOCK_N * Q_ROW_BYTES)
+#define V_SCALES (BLOCK_N * V_ROW_BYTES)
 /* Q stays in registers where O and S leave room: a third fewer reads of shared memory in Q K^T at dim 64. */
 #define KEEP_Q (DTYPE != FA_ARG_F32 && !SCORE && !DROPOUT && M_FRAGS * QK_STEPS * 4 <= 32 && DIM_V <= 64)
 #define COLUMN0 ((int)blockIdx.y * DIM_V) /* first column of V and O of this CTA */
@@ -87,10 +90,7 @@ typedef struct {
 /* The warp's rows of one step of Q. */
 FA_INLINE void load_q(fa_operand_a q[M_FRAGS], const walk_state *a, fa_lane q_lane, int step) {
 #pragma unroll
-  for (int m = 0; m < M_FRAGS; m++) {
-    fa_load_a(&q[m], a->q_smem, q_lane, a->warp_row + 16 * m, step, Q_ROW_BYTES);
-    fa_split_a(&q[m]);
-  }
+  for (int m = 0; m < M_FRAGS; m++) fa_load_a(&q[m], a->q_smem, q_lane, a->warp_row + 16 * m, step, Q_ROW_BYTES);
 }
 
 FA_INLINE void clear(float c[][4], int count) {
@@ -98,13 +98,6 @@ FA_INLINE void clear(float c[][4], int count) {
   for (int i = 0; i < count; i++)
 #pragma unroll
     for (int e = 0; e < 4; e++) c[i][e] = 0.0f;
-}
-
-FA_INLINE void add(float c[][4], float more[][4], int count) {
-#pragma unroll
-  for (int i = 0; i < count; i++)
-#pragma unroll
-    for (int e = 0; e < 4; e++) c[i][e] += more[i][e];
 }
 
 /* S += steps `first` to first + STEPS_TOGETHER - 1 of Q K^T */
@@ -123,7 +116,6 @@ FA_INLINE void add_scores(float s[M_FRAGS][N_FRAGS][4], const walk_state *a, uin
       fa_load_b_rows(k, k_smem, k_lane, 8 * n, step, Q_ROW_BYTES);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        fa_split_b(&k[half]);
 #pragma unroll
         for (int m = 0; m < M_FRAGS; m++) fa_mma(s[m][n + half], &q[m], &k[half]);
       }
@@ -137,6 +129,7 @@ FA_INLINE void scores(float s[M_FRAGS][N_FRAGS][4], const walk_state *a, uint32_
   for (int m = 0; m < M_FRAGS; m++) clear(s[m], N_FRAGS);
 #pragma unroll 1
   for (int first = 0; first < QK_STEPS; first += STEPS_TOGETHER) add_scores(s, a, k_smem, first);
+  fa_scale_products(s[0], M_FRAGS, N_FRAGS, a->q_smem + Q_SCALES + a->warp_row * 4, k_smem + K_SCALES);
 }
 
 FA_INLINE void drop_weights(float s[N_FRAGS][4], const fa_arg_problem *p, fa_philox_key key, const fa_tile *tile, int row0, int n0) {
@@ -162,7 +155,7 @@ FA_INLINE void weigh_values(float o[M_FRAGS][V_FRAGS][4], float s[M_FRAGS][N_FRA
 #pragma unroll
     for (int pair = 0; pair < V_FRAGS / 2; pair++) {
       fa_operand_b v[2];
-      fa_load_b_columns(v, v_smem, v_lane, lane, step, pair, V_ROW_BYTES);
+      fa_load_b_columns(v, v_smem, v_lane, step, pair, V_ROW_BYTES);
 #pragma unroll
       for (int half = 0; half < 2; half++)
 #pragma unroll
@@ -175,11 +168,10 @@ FA_INLINE void weigh_values(float o[M_FRAGS][V_FRAGS][4], float s[M_FRAGS][N_FRA
 FA_INLINE void weigh_values_f32(float o[M_FRAGS][V_FRAGS][4], float s[M_FRAGS][N_FRAGS][4], uint32_t v_smem) {
   int lane = product_lane();
   fa_lane v_lane = fa_lane_rows_first(lane, V_ROW_BYTES);
-  fa_operand_a p[PV_STEPS][M_FRAGS];
+  fa_operand_a p[M_FRAGS][PV_STEPS];
+  float back[M_FRAGS][2];
 #pragma unroll
-  for (int step = 0; step < PV_STEPS; step++)
-#pragma unroll
-    for (int m = 0; m < M_FRAGS; m++) fa_operand_from_accumulator(&p[step][m], s[m], step);
+  for (int m = 0; m < M_FRAGS; m++) fa_split_accumulators(p[m], s[m], PV_STEPS, v_smem + V_SCALES, back[m]);
 #pragma unroll
   for (int pair = 0; pair < V_FRAGS / 2; pair++) {
     float chain[M_FRAGS][2][4];
@@ -188,16 +180,21 @@ FA_INLINE void weigh_values_f32(float o[M_FRAGS][V_FRAGS][4], float s[M_FRAGS][N
 #pragma unroll
     for (int step = 0; step < PV_STEPS; step++) {
       fa_operand_b v[2];
-      fa_load_b_columns(v, v_smem, v_lane, lane, step, pair, V_ROW_BYTES);
+      fa_load_b_columns(v, v_smem, v_lane, step, pair, V_ROW_BYTES);
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        fa_split_b(&v[half]);
+      for (int half = 0; half < 2; half++)
 #pragma unroll
-        for (int m = 0; m < M_FRAGS; m++) fa_mma_chain(chain[m][half], &p[step][m], &v[half]);
-      }
+        for (int m = 0; m < M_FRAGS; m++) fa_mma_chain(chain[m][half], &p[m][step], &v[half]);
     }
 #pragma unroll
-    for (int m = 0; m < M_FRAGS; m++) add(&o[m][2 * pair], chain[m], 2);
+    for (int m = 0; m < M_FRAGS; m++)
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          float *sum = &o[m][2 * pair + half][e];
+          *sum = __fmaf_rn(chain[m][half][e], back[m][e >> 1], *sum);
+        }
   }
 }
 
@@ -219,7 +216,7 @@ FA_INLINE uint32_t reread_element(uint32_t bits, int pass) {
 /* A tile of V in shared memory, in place, by all threads. */
 FA_INLINE void reread_values(uint32_t v_smem, int pass) {
 #pragma unroll 1
-  for (uint32_t at = 4 * threadIdx.x; at < V_TILE_BYTES; at += 4 * THREADS) {
+  for (uint32_t at = 4 * threadIdx.x; at < V_SCALES; at += 4 * THREADS) {
     uint32_t bits = ld_shared_b32(v_smem + at);
     if (DTYPE == FA_ARG_F32)
       bits = reread_element(bits, pass);
@@ -278,9 +275,21 @@ FA_INLINE void load_v(const walk_state *a, int n, int stage) {
                a->args->problem.dim_v - COLUMN0, BLOCK_N, DIM_V, THREADS);
 }
 
+/* V of this stage, once it has landed for this thread; a barrier must follow. */
+FA_INLINE void prepare_values(const walk_state *a, int stage, int pass) {
+  uint32_t v_smem = a->v_smem + stage * V_TILE_BYTES;
+  if (pass != PLAIN) {
+    __syncthreads(); /* V has landed for all: a thread rewrites other elements than it has loaded */
+    reread_values(v_smem, pass);
+  }
+  fa_split_tile(v_smem, BLOCK_N, DIM_V, THREADS);
+}
+
 /* Waits for this tile and starts the loads of the next; afterwards K(n) is there, and with two stages V(n). */
-FA_INLINE void begin_step(const walk_state *a, int n, int next, int stage) {
+FA_INLINE void begin_step(const walk_state *a, int n, int next, int stage, int pass) {
   cp_async_wait_group(0);
+  fa_split_tile(a->k_smem + stage * K_TILE_BYTES, BLOCK_N, HEAD_DIM, THREADS);
+  if (STAGES == 2) prepare_values(a, stage, pass);
   __syncthreads(); /* the loads have landed for all; all warps are done with the stage that is filled next */
   if (STAGES == 1) {
     load_v(a, n, 0);
@@ -292,9 +301,10 @@ FA_INLINE void begin_step(const walk_state *a, int n, int next, int stage) {
 }
 
 /* With one stage: afterwards V(n) is there. */
-FA_INLINE void middle_of_step(const walk_state *a, int next) {
+FA_INLINE void middle_of_step(const walk_state *a, int next, int pass) {
   if (STAGES == 1) {
     cp_async_wait_group(0);
+    prepare_values(a, 0, pass);
     __syncthreads(); /* V(n) has landed for all; all warps are done with K(n) */
     if (next >= 0) load_k(a, next, 0);
     cp_async_commit_group();
@@ -309,16 +319,14 @@ FA_INLINE void key_step(warp_state *w, const walk_state *a, const fa_score_head 
   int lane = threadIdx.x % 32, n0 = n * BLOCK_N;
   float s[M_FRAGS][N_FRAGS][4];
 
-  begin_step(a, n, next, stage);
-  if (STAGES == 2 && pass != PLAIN) reread_values(a->v_smem + stage * V_TILE_BYTES, pass);
+  begin_step(a, n, next, stage, pass);
   if (STAGES == 2 && !whole) { /* no barrier is left in this step; with one stage the tile is computed and masked as a whole */
     int row1 = fa_min(a->row0 + WARP_ROWS, tile->len_q);
     fa_range visited = fa_visited_keys(p->rule, tile->len_q, tile->len_k, a->row0, row1);
     if (a->row0 >= row1 || n0 >= visited.hi || n0 + BLOCK_N <= visited.lo) return;
   }
   scores(s, a, a->k_smem + stage * K_TILE_BYTES);
-  middle_of_step(a, next);
-  if (STAGES == 1 && pass != PLAIN) reread_values(a->v_smem, pass);
+  middle_of_step(a, next, pass);
 #pragma unroll
   for (int m = 0; m < M_FRAGS; m++) {
     if (SCORE) fa_change_scores(s[m], 0, N_FRAGS, p, head, tile->len_q, tile->len_k, a->row0 + 16 * m + lane / 4, n0 + 2 * (lane & 3));
@@ -368,6 +376,10 @@ FA_INLINE void attend(warp_state *w, const fa_forward_args *args, const fa_tile 
   load_k(&a, n, 0);
   if (STAGES == 2) load_v(&a, n, 0);
   cp_async_commit_group();
+  if (DTYPE == FA_ARG_F32) {
+    cp_async_wait_group(0);
+    fa_split_tile(a.q_smem, BLOCK_M, HEAD_DIM, THREADS);
+  }
   if (KEEP_Q) {
     cp_async_wait_group(1);
     __syncthreads(); /* Q has landed for all */

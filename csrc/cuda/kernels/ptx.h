@@ -26,6 +26,10 @@ FA_INLINE void st_shared_v4(uint32_t dst_smem, const uint32_t r[4]) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(dst_smem), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
 
+FA_INLINE void st_shared_v2(uint32_t dst_smem, const uint32_t r[2]) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(dst_smem), "r"(r[0]), "r"(r[1]) : "memory");
+}
+
 FA_INLINE void st_shared_b32(uint32_t dst_smem, uint32_t r) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(dst_smem), "r"(r) : "memory"); }
 
 FA_INLINE uint32_t ld_shared_b32(uint32_t src_smem) {
@@ -43,7 +47,7 @@ FA_INLINE void ld_shared_v4(uint32_t r[4], uint32_t src_smem) {
 }
 
 /* Four 8x8 matrices of 16-bit elements; lane l names row l % 8 of matrix l / 8. r[i] holds, of matrix i, row lane / 4, elements 2 * (lane % 4)
- * and the next. On 32-bit elements the same instruction gives row lane / 4, element lane % 4 of an 8x4 matrix. */
+ * and the next. */
 FA_INLINE void ldmatrix_x4(uint32_t r[4], uint32_t row_smem) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -51,7 +55,7 @@ FA_INLINE void ldmatrix_x4(uint32_t r[4], uint32_t row_smem) {
                : "memory");
 }
 
-/* The same with each matrix transposed (16-bit elements only). */
+/* The same with each matrix transposed. */
 FA_INLINE void ldmatrix_x4_trans(uint32_t r[4], uint32_t row_smem) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -67,9 +71,7 @@ FA_INLINE void bar_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" :
  *
  *   d   m16n8, f32:     d0 d1 = row g,     columns 2q 2q+1          d2 d3 = row g + 8, the same columns
  *   a   m16k16, 16-bit: a0 = row g, k 2q 2q+1     a1 = row g + 8, the same k     a2 a3 = the same rows, k + 8
- *       m16k8, tf32:    a0 = row g, k q           a1 = row g + 8, the same k     a2 a3 = the same rows, k + 4
  *   b   k16n8, 16-bit:  b0 = k 2q 2q+1, column g                                 b1 = k + 8
- *       k8n8, tf32:     b0 = k q, column g                                       b1 = k + 4
  */
 
 FA_INLINE void mma_m16n8k16_f16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
@@ -80,12 +82,6 @@ FA_INLINE void mma_m16n8k16_f16(float d[4], const uint32_t a[4], const uint32_t 
 
 FA_INLINE void mma_m16n8k16_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-FA_INLINE void mma_m16n8k8_tf32(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }

@@ -11,6 +11,10 @@
 
 #define ELEMENT_BYTES (DTYPE == FA_ARG_F64 ? 8 : DTYPE == FA_ARG_F32 ? 4 : 2)
 #define CHUNK_ELEMENTS (16 / ELEMENT_BYTES)
+/* fp32 is split for the tensor cores (split.h): eight elements take a chunk of high terms and one of low terms, and each row has a scale, f32, which
+ * all lie behind the tile's rows. */
+#define FA_PLANES (DTYPE == FA_ARG_F32 ? 2 : 1)
+#define SCALE_BYTES (DTYPE == FA_ARG_F32 ? 4 : 0)
 
 /* ---- which tile is mine ---- */
 
@@ -172,14 +176,14 @@ typedef struct {
  * operand b of two neighbouring column groups. */
 FA_INLINE fa_lane fa_lane_rows_first(int lane, int row_bytes) {
   int row = lane & 15;
-  fa_lane l = {(uint32_t)(row * row_bytes), (lane >> 4) ^ fa_swizzle(row, row_bytes)};
+  fa_lane l = {(uint32_t)(row * row_bytes), (lane >> 4) * FA_PLANES ^ fa_swizzle(row, row_bytes)};
   return l;
 }
 
 /* (rows 0-7, chunk 0), (rows 0-7, chunk 1), (rows 8-15, chunk 0), (rows 8-15, chunk 1): operand b of two column groups, columns in rows. */
 FA_INLINE fa_lane fa_lane_chunks_first(int lane, int row_bytes) {
   int row = (lane & 7) + (lane >> 4) * 8;
-  fa_lane l = {(uint32_t)(row * row_bytes), ((lane >> 3) & 1) ^ fa_swizzle(row, row_bytes)};
+  fa_lane l = {(uint32_t)(row * row_bytes), ((lane >> 3) & 1) * FA_PLANES ^ fa_swizzle(row, row_bytes)};
   return l;
 }
 

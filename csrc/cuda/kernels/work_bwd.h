@@ -11,10 +11,10 @@
 #define THREADS (32 * WARPS)
 #define K_ROW_BYTES (HEAD_DIM * ELEMENT_BYTES)
 #define V_ROW_BYTES (DIM_V * ELEMENT_BYTES)
-#define K_TILE_BYTES (BLOCK_N * K_ROW_BYTES)
-#define V_TILE_BYTES (BLOCK_N * V_ROW_BYTES)
-#define Q_TILE_BYTES (BLOCK_M * K_ROW_BYTES)
-#define DO_TILE_BYTES (BLOCK_M * V_ROW_BYTES)
+#define K_TILE_BYTES (BLOCK_N * (K_ROW_BYTES + SCALE_BYTES))
+#define V_TILE_BYTES (BLOCK_N * (V_ROW_BYTES + SCALE_BYTES))
+#define Q_TILE_BYTES (BLOCK_M * (K_ROW_BYTES + SCALE_BYTES))
+#define DO_TILE_BYTES (BLOCK_M * (V_ROW_BYTES + SCALE_BYTES))
 #define STATISTICS_BYTES (2 * BLOCK_M * 4) /* lse and delta of a query tile */
 
 /* A query tile that meets this CTA's keys: heads of the group, then rows. */
@@ -80,6 +80,12 @@ FA_INLINE void fa_load_query_tiles(const fa_gradient_args *args, const fa_tile *
   int rows = tile->len_q - at->m0;
   fa_load_tile(q_smem, q_gmem, &args->q, rows, args->problem.dim_qk, BLOCK_M, HEAD_DIM, THREADS);
   fa_load_tile(dout_smem, dout_gmem, &args->dout, rows, args->problem.dim_v, BLOCK_M, DIM_V, THREADS);
+}
+
+/* fp32: what this thread has loaded of two tiles, once it has landed. */
+FA_INLINE void fa_split_tiles(uint32_t qk_smem, uint32_t dv_smem, int rows) {
+  fa_split_tile(qk_smem, rows, HEAD_DIM, THREADS);
+  fa_split_tile(dv_smem, rows, DIM_V, THREADS);
 }
 
 /* lse, then delta, of the rows of a query tile. */
