@@ -162,19 +162,29 @@ FA_INLINE void load_q(const fa_arg_problem *p, const fa_tma_map *q_map, uint32_t
   }
 }
 
-/* One lane issues all loads of a tile, all lanes look for its blocks. `ring` counts the blocks of this CTA. */
-FA_INLINE int load_tile(const fa_arg_problem *p, const fa_tma_map *q_map, const fa_tma_map *k_map, const fa_tma_map *v_map, uint32_t smem,
-                        work *t, int k_start, int ring, int turn) {
+/* Number of this CTA's tile after `number`. */
+FA_INLINE int take_tile(const fa_schedule *schedule, int number) {
+  return (QUEUE && schedule->next ? atomicAdd(schedule->next, 1) : number) + (int)gridDim.x;
+}
+
+/* One lane issues all loads of a tile, all lanes look for its blocks. `ring` counts the blocks of this CTA. *number becomes that of the next tile, in
+ * the one lane; it is taken as late as the loads allow, since a tile that waits behind a long one waits for this CTA though others may be free. */
+FA_INLINE int load_tile(const fa_arg_problem *p, const fa_schedule *schedule, const fa_tma_map *q_map, const fa_tma_map *k_map,
+                        const fa_tma_map *v_map, uint32_t smem, work *t, int k_start, int ring, int turn, int *number) {
   int n = next_block(p, t, t->last), b = VARLEN && p->packed ? 0 : t->b, h_k = t->h / p->group;
-  if (t->blocks == 0 && laneid() == 0) load_q(p, q_map, smem, t, turn);
+  if (t->blocks == 0 && laneid() == 0) {
+    *number = take_tile(schedule, *number);
+    load_q(p, q_map, smem, t, turn);
+  }
 #pragma unroll 1
-  for (int with_q = 1; n >= t->first; with_q = 0, ring++) {
+  for (int left = t->blocks; left > 0; left--, ring++) {
     int free = parity(ring, STAGES) ^ 1, row = k_start + n * BLOCK_N;
     if (laneid() == 0) {
+      if (left == 1) *number = take_tile(schedule, *number);
       mbarrier_wait_parity(k_empty(smem, ring), free); /* every warpgroup has multiplied with the K that lay there */
       if (BLOCK_MASK) st_shared_b32(block_smem(smem, ring), (uint32_t)n);
       load_rows(k_smem(smem, ring), k_map, k_full(smem, ring), QK_CHUNKS, BLOCK_N, row, h_k, b);
-      if (with_q) load_q(p, q_map, smem, t, turn);
+      if (left == t->blocks) load_q(p, q_map, smem, t, turn);
     }
     if (BLOCK_MASK) __syncwarp();
     n = next_block(p, t, n - 1);
@@ -192,8 +202,7 @@ FA_INLINE void produce(const fa_arg_problem *p, const fa_schedule *schedule, con
 #pragma unroll 1
   for (int turn = 0;;) {
     work t = find_work(p, schedule, number, &k_start);
-    int taken = number, over = number >= schedule->total;
-    if (QUEUE && schedule->next && !over && laneid() == 0) taken = atomicAdd(schedule->next, 1);
+    int over = number >= schedule->total;
     if (t.b >= 0 || over) {
       if (laneid() == 0) {
         mbarrier_wait_parity(tile_empty(smem, turn), parity(turn, TILE_SLOTS) ^ 1); /* every consumer warp has written that tile's O */
@@ -201,10 +210,12 @@ FA_INLINE void produce(const fa_arg_problem *p, const fa_schedule *schedule, con
         mbarrier_arrive(tile_full(smem, turn));
       }
       if (over) return;
-      ring = load_tile(p, q_map, k_map, v_map, smem, &t, k_start, ring, turn++);
+      ring = load_tile(p, schedule, q_map, k_map, v_map, smem, &t, k_start, ring, turn++, &number);
       __syncwarp();
+    } else if (laneid() == 0) {
+      number = take_tile(schedule, number);
     }
-    number = __shfl_sync(0xFFFFFFFFu, taken, 0) + (int)gridDim.x;
+    number = __shfl_sync(0xFFFFFFFFu, number, 0);
   }
 }
 
