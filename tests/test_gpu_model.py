@@ -33,6 +33,10 @@ FORWARD = [
     (A100, Case("rows_2500", dtype="bfloat16", batch=1, heads_q=1, heads_k=1, seqlen_q=5, seqlen_k=2500, sinks=True, seqused="k")),
     (A100, Case("row_12000", dtype="bfloat16", batch=1, heads_q=1, heads_k=1, seqlen_q=2, seqlen_k=12000, causal=True)),
     (A100, Case("dim256", dtype="float32", dim_qk=200, dim_v=256, **SHAPE)),
+    # Tiles of eight warps.
+    (A100, Case("dim128", dtype="float32", dim_qk=128, causal=True, **SHAPE)),
+    (RTX_5090, Case("dim128", dtype="float32", dim_qk=128, dim_v=100, causal=True, **SHAPE)),
+    (A100, Case("softcap_dropout", dtype="float32", dim_qk=64, softcap=3.0, dropout=0.1, **SHAPE)),
     (A100, Case("dim256", dtype="bfloat16", dim_qk=256, causal=True, **SHAPE)),
     (RTX_5090, Case("causal", dtype="bfloat16", causal=True, **SHAPE)),
     (RTX_5090, Case("dim256", dtype="bfloat16", dim_qk=256, causal=True, **SHAPE)),
