@@ -63,6 +63,16 @@ def test_infinite_values_reach_the_rows_that_see_them(dim: int) -> None:
     assert out[:, 12:].isfinite().all()
 
 
+@pytest.mark.parametrize("dim, dtype", [(64, torch.float16), (128, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("growth", [8, 60, 1000])
+def test_scores_that_grow_from_block_to_block(growth: int, dim: int, dtype: torch.dtype) -> None:
+    """Keys come last to first: weights that go by earlier maxima are shrunk where they are large, computed again where infinite."""
+    q, k, v = (torch.randn(1, n, 1, dim).to(dtype) for n in (300, 700, 700))
+    k *= (1 + growth * torch.linspace(1, 0, 700) ** 4).to(dtype).view(1, -1, 1, 1)
+    for rule in {}, {"causal": True}, {"window": (350, 10)}:
+        check({"q": q, "k": k, "v": v, **rule})
+
+
 BF16, GQA8 = {"dtype": "bfloat16"}, {"heads_q": 8, "heads_k": 1}
 FEATURES = [
     Case("bias_by_element", dtype="float16", batch=1, seqlen_q=200, seqlen_k=300, dim_qk=64, bias="hmn", causal=True),

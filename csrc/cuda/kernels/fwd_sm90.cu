@@ -9,14 +9,19 @@
  *   V(last), K(last-1), V(last-1) ...      for n = last-1 ... first:                       (step)
  *   q_full[w], k_full[s], v_full[s] ---->    S = Q K(n)^T   issued                         the tensor cores work on both
  *                                            O += P V(n+1)  issued                         through the softmax of S
- *   k_empty[s], q_empty[w] <-------------    S done: mask, maxima, first part of the exponentials
+ *                                            S done: where a block is masked the mask and the maxima; first part of the exponentials
  *   v_empty[s] <-------------------------    O done: the rest of them, P = S in 16 bits (registers, the operand a of the next product)
+ *   k_empty[s], q_empty[w] <-------------    the weights fit, or else: S once more
  *                                          O += P V(first), statistics meanwhile           (last_step)
  *   q_empty[w] (TMA_STORE) <-------------    O / sum to global memory                        (leave)
  *
  * With PINGPONG the warpgroups issue their products in turns (named barriers 1, 2, ...), so that one computes exponentials while the tensor cores
  * work for another. Keys go from last to first: ragged and diagonal blocks come first, and only blocks that some row of the warpgroup sees in
  * part are masked element by element. A warpgroup that sees less than its CTA lets the surplus blocks pass.
+ *
+ * Weights of a plain block go by the maxima of the blocks before it. Whether that was good enough their sums tell afterwards, which are needed anyway. Where
+ * they are too large for 16 bits, rarely, the weights are scaled down; where one is infinite the warp multiplies its rows again, from Q and K, which are
+ * still there: so no block costs the time to look for maxima, but the first of a tile and masked ones.
  *
  * With TMA_STORE each warp puts its rows of O where its warpgroup's Q lay and has the TMA store them; that place is free for another Q once they are
  * read, which is looked after when the next tile's first product runs. Two stages of Q make that late enough not to be waited for.
@@ -117,7 +122,7 @@ FA_INLINE void init_barriers(uint32_t smem) {
   for (int s = 0; s < STAGES; s++) {
     mbarrier_init(k_full(smem, s), 1);
     mbarrier_init(v_full(smem, s), 1);
-    mbarrier_init(k_empty(smem, s), WARPGROUPS);
+    mbarrier_init(k_empty(smem, s), 4 * WARPGROUPS);
     mbarrier_init(v_empty(smem, s), WARPGROUPS);
   }
   for (int i = 0; i < TILE_SLOTS; i++) {
@@ -127,7 +132,7 @@ FA_INLINE void init_barriers(uint32_t smem) {
   for (int w = 0; w < WARPGROUPS; w++)
     for (int i = 0; i < Q_STAGES; i++) {
       mbarrier_init(q_full(smem, w, i), 1);
-      mbarrier_init(q_empty(smem, w, i), TMA_STORE ? 4 : 1);
+      mbarrier_init(q_empty(smem, w, i), 4);
     }
   fence_mbarrier_init();
 }
@@ -181,7 +186,7 @@ FA_INLINE int load_tile(const fa_arg_problem *p, const fa_schedule *schedule, co
     int free = parity(ring, STAGES) ^ 1, row = k_start + n * BLOCK_N;
     if (laneid() == 0) {
       if (left == 1) *number = take_tile(schedule, *number);
-      mbarrier_wait_parity(k_empty(smem, ring), free); /* every warpgroup has multiplied with the K that lay there */
+      mbarrier_wait_parity(k_empty(smem, ring), free); /* every warp has done with the K that lay there */
       if (BLOCK_MASK) st_shared_b32(block_smem(smem, ring), (uint32_t)n);
       load_rows(k_smem(smem, ring), k_map, k_full(smem, ring), QK_CHUNKS, BLOCK_N, row, h_k, b);
       if (left == t->blocks) load_q(p, q_map, smem, t, turn);
@@ -272,18 +277,19 @@ FA_INLINE void pass_turn(const place *me) {
 }
 
 /* Wait until use number `i` of K, V or Q has landed; give its place back. wgmma has retired for the whole warpgroup when its wait returns, so one
- * thread may speak for all. With TMA_STORE the place of Q is O's in the end, and each warp gives it back when its rows have left it (release_slab). */
+ * thread may speak for all about V. Q and K may be wanted once more (multiply_again): each warp gives them back. With TMA_STORE the place of Q is O's in
+ * the end, and given back when the warp's rows have left it (release_slab). */
 FA_INLINE void await_k(const place *me, int i) { mbarrier_wait_parity(k_full(me->smem, i), parity(i, STAGES)); }
 FA_INLINE void await_v(const place *me, int i) { mbarrier_wait_parity(v_full(me->smem, i), parity(i, STAGES)); }
 FA_INLINE void await_q(const place *me, int i) { mbarrier_wait_parity(q_full(me->smem, warpgroup(me), i), parity(i, Q_STAGES)); }
 FA_INLINE void release_k(const place *me, int i) {
-  if (is_leader()) mbarrier_arrive(k_empty(me->smem, i));
+  if (laneid() == 0) mbarrier_arrive(k_empty(me->smem, i));
 }
 FA_INLINE void release_v(const place *me, int i) {
   if (is_leader()) mbarrier_arrive(v_empty(me->smem, i));
 }
 FA_INLINE void release_q(const place *me, int i, int last_use) {
-  if (!TMA_STORE && last_use && is_leader()) mbarrier_arrive(q_empty(me->smem, warpgroup(me), i));
+  if (!TMA_STORE && last_use && laneid() == 0) mbarrier_arrive(q_empty(me->smem, warpgroup(me), i));
 }
 FA_INLINE void release_slab(const place *me, int i) {
   if (TMA_STORE && laneid() == 0) {
@@ -315,9 +321,37 @@ FA_INLINE void issue_values(float o[O_FRAGS][4], const uint32_t p[2 * S_FRAGS], 
   wgmma_commit_group();
 }
 
+FA_INLINE void mma_m16n8k16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+  if (DTYPE == FA_ARG_BF16)
+    mma_m16n8k16_bf16(d, a, b);
+  else
+    mma_m16n8k16_f16(d, a, b);
+}
+
+/* S = Q K^T once more, of this warp's rows alone. */
+FA_INLINE void multiply_again(const place *me, int turn, int ring, float s[S_FRAGS][4]) {
+  int lane = laneid(), row = me->warp_row % 64 + lane % 16, key = lane / 16 * 8 + lane % 8;
+  uint32_t rows = q_smem(me->smem, warpgroup(me), turn) + row * 128, keys = k_smem(me->smem, ring) + key * 128;
+#pragma unroll
+  for (int n = 0; n < S_FRAGS; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) s[n][e] = 0.0f;
+#pragma unroll 1
+  for (int k = 0; k < HEAD_DIM / 16; k++) {
+    uint32_t a[4], b[4]; /* 16 rows; 16 keys */
+    ldmatrix_x4(a, rows + k / 4 * (64 * 128) + (((k % 4 * 2 + lane / 16) ^ row) & 7) * 16);
+#pragma unroll
+    for (int n = 0; n < S_FRAGS; n += 2) {
+      ldmatrix_x4(b, keys + k / 4 * (BLOCK_N * 128) + n * (8 * 128) + (((k % 4 * 2 + lane / 8 % 2) ^ key) & 7) * 16);
+      mma_m16n8k16(s[n], a, b);
+      mma_m16n8k16(s[n + 1], a, b + 2);
+    }
+  }
+}
+
 /* ptxas would put the wait for O ahead of the exponentials, which it cannot see to be the point of the exercise. It keeps the order of memory
- * accesses: this one hangs on the sums, and never happens. */
-FA_INLINE void after_weights(const place *me, const float sum[2]) { st_shared_if_negative(me->smem, sum[0] + sum[1]); }
+ * accesses: this one hangs on sums of weights, and never happens. Those of one block alone it would know to be positive. */
+FA_INLINE void after_weights(const place *me, float sum0, float sum1) { st_shared_if_negative(me->smem, sum0 + sum1); }
 
 FA_INLINE void rescale_output(float o[O_FRAGS][4], const float rescale[2]) {
 #pragma unroll
@@ -351,7 +385,6 @@ FA_INLINE int needs_mask(const part *own, int n) { return n >= own->plain_end ||
 FA_INLINE void first_step(const place *me, const part *own, int turn, int ring, uint32_t p[2 * S_FRAGS], float max[2], float sum[2]) {
   float s[S_FRAGS][4], rescale[2];
   uint32_t kept[KEPT_WORDS];
-  weighing w;
   await_k(me, ring);
   int n = block_of(me, own->last, ring);
   const block_place at = {&me->args->problem,
@@ -372,7 +405,10 @@ FA_INLINE void first_step(const place *me, const part *own, int turn, int ring, 
   wgmma_hold(&s[0][0], 4 * S_FRAGS);
   release_k(me, ring);
   release_q(me, turn, own->last == own->first);
-  prepare_scores(s, &at, me->to_log2, 1, needs_mask(own, n), max, sum, rescale, &w);
+  if (SCORE) change_scores(s, &at);
+  if (needs_mask(own, n)) mask_scores(s, &at);
+  move_maxima(s, me->to_log2, max, rescale);
+  weighing w = weighing_from(max, 1);
   weigh(s, 0, S_FRAGS, me->to_log2, &w, sum, args_zero(me));
   pack_weights(p, s);
   if (DROPOUT) drop_weights(p, kept);
@@ -381,9 +417,8 @@ FA_INLINE void first_step(const place *me, const part *own, int turn, int ring, 
 /* Block n, number `ring`, while O takes up the weights of the block before. */
 FA_INLINE void step(const place *me, const part *own, int n, int turn, int ring, float o[O_FRAGS][4], uint32_t p[2 * S_FRAGS], float max[2],
                     float sum[2]) {
-  float s[S_FRAGS][4], rescale[2];
+  float s[S_FRAGS][4], rescale[2] = {1.0f, 1.0f}, added[2] = {0.0f, 0.0f};
   uint32_t kept[KEPT_WORDS];
-  weighing w;
   int last_use = n == own->first, add = n + 1 < own->last;
   await_k(me, ring);
   await_v(me, ring - 1);
@@ -407,19 +442,35 @@ FA_INLINE void step(const place *me, const part *own, int n, int turn, int ring,
   else
     wgmma_wait_group(0);
   wgmma_hold(&s[0][0], 4 * S_FRAGS);
-  release_k(me, ring);
-  release_q(me, turn, last_use);
-  int moved = prepare_scores(s, &at, me->to_log2, 0, (MASKING || BLOCK_MASK) && needs_mask(own, n), max, sum, rescale, &w);
-  weigh(s, 0, WAIT_FRAGS, me->to_log2, &w, sum, args_zero(me));
+  int moved = prepare_scores(s, &at, me->to_log2, (MASKING || BLOCK_MASK) && needs_mask(own, n), max, rescale);
+  weighing w = weighing_from(max, moved);
+  weigh(s, 0, WAIT_FRAGS, me->to_log2, &w, added, args_zero(me));
   if (OVERLAP) {
-    after_weights(me, sum);
+    after_weights(me, sum[0] + added[0], added[1]);
     wgmma_wait_group(0);
     wgmma_hold(&o[0][0], 4 * O_FRAGS);
     release_v(me, ring - 1);
   }
-  weigh(s, WAIT_FRAGS, S_FRAGS, me->to_log2, &w, sum, args_zero(me));
+  weigh(s, WAIT_FRAGS, S_FRAGS, me->to_log2, &w, added, args_zero(me));
   pack_weights(p, s);
+  if (!SCORE && !moved && !weights_are_within(MOST_WEIGHT, added)) {
+    if (weights_are_within(SHRINKABLE, added)) {
+      shrink_weights(s, max, added, rescale);
+    } else {
+      multiply_again(me, turn, ring, s);
+      move_maxima(s, me->to_log2, max, rescale);
+      w = weighing_from(max, 1);
+      added[0] = added[1] = 0.0f;
+      weigh(s, 0, S_FRAGS, me->to_log2, &w, added, args_zero(me));
+    }
+    pack_weights(p, s);
+    moved = 1;
+  }
+  release_k(me, ring);
+  release_q(me, turn, last_use);
   if (DROPOUT) drop_weights(p, kept);
+#pragma unroll
+  for (int r = 0; r < 2; r++) sum[r] = sum[r] * rescale[r] + added[r];
   if (moved) rescale_output(o, rescale);
 }
 

@@ -9,6 +9,8 @@
 #include "softmax.h"
 
 #define S_FRAGS (BLOCK_N / 8)
+#define MOST_WEIGHT 32768.0f /* 16 bits hold it, and the sum over all keys stays far from infinity */
+#define SHRINKABLE 1e30f     /* so that 1 over it is a normal number */
 #define KEPT_WORDS ((S_FRAGS + 7) / 8)
 
 /* Values of SCORE from where on there is a bias or a mask: of any strides, element by element; one of the two, as shift_sm90.h wants it. */
@@ -136,13 +138,32 @@ FA_INLINE void move_maxima(float s[S_FRAGS][4], float to_log2, float max[2], flo
   }
 }
 
+/* Prepares the scores of a block for weigh, with the running maxima of earlier blocks where those will do: returns whether they have moved to where this
+ * block's are, and sums and O have to be multiplied with `rescale`. Without masks and shifts nothing is looked at: see weights_are_within. */
+FA_INLINE int prepare_scores(float s[S_FRAGS][4], const block_place *at, float to_log2, int masked, float max[2], float rescale[2]) {
+  if (SCORE) change_scores(s, at);
+  if (masked) mask_scores(s, at);
+  int moved = masked || !LAZY_RESCALE || (SCORE && !(SCORE == SCORE_AND_TILES && maxima_may_stay(s, to_log2, max)));
+  if (moved) move_maxima(s, to_log2, max, rescale);
+  return moved;
+}
+
 /* x, but not before y is known. `zero` is 0, which only the host knows. */
 FA_INLINE float after(float x, float y, int zero) { return __uint_as_float(__float_as_uint(x) | (__float_as_uint(y) & (uint32_t)zero)); }
 
-/* What the weights of a block go by: max, but 0 for a row that has seen nothing; and the sums as they were two fragments ago. */
+/* What the weights of a block go by: the maxima; and the sums as they were two fragments ago. */
 typedef struct {
   float shift[2], known[2];
 } weighing;
+
+/* taken: the maxima are those after this block. Where that is -infinity the row has seen nothing, and its weights are 0; where it was before this block,
+ * they become infinite, which weights_are_within does not let pass. */
+FA_INLINE weighing weighing_from(const float max[2], int taken) {
+  weighing w;
+#pragma unroll
+  for (int r = 0; r < 2; r++) w.shift[r] = taken && max[r] == MINUS_INFINITY ? 0.0f : max[r];
+  return w;
+}
 
 /* Fragments first to end - 1 of the scores become weights exp2(score * to_log2 - max), and sum[] grows by this lane's part of them. The exponential
  * unit is what is short: so that it starts at once and never waits, the multiplications for two fragments wait for the weights of the two before
@@ -164,20 +185,21 @@ FA_INLINE void weigh(float s[S_FRAGS][4], int first, int end, float to_log2, wei
     }
 }
 
-/* Prepares the scores of one block for weigh: masks and running maxima. Returns whether O has to be multiplied with `rescale` before their
- * weights are added. first: there is no running maximum yet that could stay. */
-FA_INLINE int prepare_scores(float s[S_FRAGS][4], const block_place *at, float to_log2, int first, int masked, float max[2], float sum[2],
-                             float rescale[2], weighing *w) {
-  if (SCORE) change_scores(s, at);
-  if (masked) mask_scores(s, at);
-  int moved = first || (SCORE && SCORE != SCORE_AND_TILES) || masked || !LAZY_RESCALE || !maxima_may_stay(s, to_log2, max);
-  if (moved) move_maxima(s, to_log2, max, rescale);
+/* Weights that go by the maxima of earlier blocks may be large. How large is seen afterwards, for nothing, in the sums of each lane over the block: looking
+ * for maxima beforehand would take as long as half the exponentials. */
+FA_INLINE int weights_are_within(float most, const float added[2]) { return __all_sync(0xFFFFFFFFu, added[0] <= most && added[1] <= most); }
+
+/* Rows with large weights: maxima grow by a whole number, and sums and O have to be multiplied with `rescale`. */
+FA_INLINE void shrink_weights(float s[S_FRAGS][4], float max[2], float added[2], float rescale[2]) {
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    if (moved) sum[r] *= rescale[r];
-    w->shift[r] = max[r] == MINUS_INFINITY ? 0.0f : max[r];
+    float largest = fa_quad_max(added[r]), growth = largest > MOST_WEIGHT ? ceilf(__log2f(largest)) : 0.0f;
+    rescale[r] = ex2_approx(-growth);
+    max[r] += growth;
+    added[r] *= rescale[r];
+#pragma unroll
+    for (int n = 0; n < S_FRAGS; n++) s[n][2 * r] *= rescale[r], s[n][2 * r + 1] *= rescale[r];
   }
-  return moved;
 }
 
 FA_INLINE void pack_weights(uint32_t p[2 * S_FRAGS], float s[S_FRAGS][4]) {
