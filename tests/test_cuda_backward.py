@@ -64,6 +64,23 @@ def test_dq_is_added_unless_it_must_be_reproducible(plan) -> None:
     assert kernels(plan(dq=0)) == ["bwd_prep", "bwd_sm80"]
 
 
+WIDE = ["bwd_prep", "bwd_keys_sm90", "bwd_rows_sm90"]
+
+
+def test_wide_heads_have_hopper_kernels(plan) -> None:
+    wide = ({"dim_qk": 136}, {"dim_qk": 256, "causal": 1}, {"dim_qk": 192, "dim_v": 128, "deterministic": 1}, {"dim_qk": 256, "block": 128})
+    for words in wide:
+        found = plan("H200", **words)
+        assert kernels(found) == WIDE and found["deterministic"] and not found["notes"], words
+    assert kernels(plan("H200", dim_qk=256, dq=0)) == WIDE[:2]
+    assert kernels(plan("H200", dim_qk=256, dk=0, dv=0)) == [WIDE[0], WIDE[2]]
+    refused = {"no dropout": {"dropout_percent": 9}, "softcap": {"softcap": 9}, "block_mask": {"block": 64}, "float16": {"dtype": F32}}
+    for reason, words in refused.items():
+        found = plan("H200", dim_qk=256, **words)
+        assert found["kernel"] == "bwd_sm80" and any(reason in note for note in found["notes"]), words
+    assert plan("A100", dim_qk=256)["kernel"] == "bwd_sm80" and not plan("A100", dim_qk=256)["notes"]
+
+
 def test_workspace_is_linear(plan) -> None:
     sizes = [plan(seqlen_q=n)["workspace_bytes"] for n in (1024, 2048, 4096)]
     rows = 2 * 16 * 1024

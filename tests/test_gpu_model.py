@@ -17,6 +17,8 @@ pytestmark = pytest.mark.skipif(not gpu_model.available, reason="no C++ compiler
 
 # Compute capability, SMs, shared memory of a block. The forward plan takes Hopper's own kernel on 9.0 alone.
 A100, H200, RTX_5090 = (8, 0, 108, 166912), (9, 0, 132, 232448), (12, 0, 170, 101376)
+B200 = (10, 0, 148, 232448)
+FEW_SMS = (9, 0, 3, 232448)  # so that each CTA takes several tiles
 SHAPE = {"batch": 1, "seqlen_q": 75, "seqlen_k": 140}
 PACKED = {"lengths": ((17, 40), (0, 13), (70, 129), (31, 0)), "causal": True}
 SHAPES = {"heads_q": 4, "dim_qk": 40, "dim_v": 24, "seqused": "qk", "strided": "rows"}
@@ -51,7 +53,13 @@ FORWARD = [
 BACKWARD = [
     (H200, Case("causal", dtype="float16", dim_qk=64, causal=True, **SHAPE)),
     (H200, Case("causal", dtype="bfloat16", dim_qk=128, causal=True, heads_q=4, **SHAPE)),  # three stages
-    (H200, Case("causal", dtype="bfloat16", dim_qk=256, causal=True, **SHAPE)),  # pairs of warps
+    (B200, Case("causal", dtype="bfloat16", dim_qk=256, causal=True, **SHAPE)),  # pairs of warps
+    (H200, Case("causal", dtype="float16", dim_qk=256, causal=True, **SHAPE)),
+    (H200, Case("plain", dtype="bfloat16", dim_qk=40, dim_v=200, sinks=True, **SHAPE)),
+    (FEW_SMS, Case("gqa", dtype="bfloat16", dim_qk=256, causal="top_left", seqlen_q=200, seqlen_k=170, heads_q=4)),
+    (FEW_SMS, Case("packed", dtype="bfloat16", dim_qk=192, dim_v=136, **PACKED)),
+    (FEW_SMS, Case("window", dtype="bfloat16", dim_qk=192, seqlen_q=290, seqlen_k=275, window=(70, 9), heads_q=4, seqused="qk")),
+    (FEW_SMS, Case("block", dtype="bfloat16", dim_qk=256, seqlen_q=290, seqlen_k=275, block=128)),
     (H200, Case("packed", dtype="bfloat16", dim_qk=64, dim_v=40, **PACKED)),
     (H200, Case("window", dtype="bfloat16", dim_qk=64, seqlen_q=290, seqlen_k=275, window=(70, 9), heads_q=4, seqused="qk")),
     (H200, Case("block", dtype="bfloat16", dim_qk=64, seqlen_q=290, seqlen_k=275, block=128)),
@@ -185,11 +193,22 @@ def test_infinite_values_reach_the_rows_that_see_them(dtype: torch.dtype) -> Non
     assert out[:, 12:].isfinite().all()
 
 
-@pytest.mark.parametrize("gpu, deterministic", [(A100, False), (A100, True), (H200, False)], ids=name_of)
+def almost(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a.float(), b.float(), rtol=0.01, atol=0.01)
+
+
+# The kernels for wide heads compute a row again that is not finite, so it may differ in its last bit.
+@pytest.mark.parametrize(
+    "gpu, dim, deterministic, equal",
+    [(A100, 64, False, torch.equal), (A100, 64, True, torch.equal), (H200, 64, False, torch.equal), (H200, 256, False, almost)],
+    ids=name_of,
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_a_row_does_not_see_does_not_reach_its_gradients(value: float, gpu: tuple[int, ...], deterministic: bool) -> None:
+def test_what_a_row_does_not_see_does_not_reach_its_gradients(
+    value: float, gpu: tuple[int, ...], dim: int, deterministic: bool, equal: Callable[[torch.Tensor, torch.Tensor], bool]
+) -> None:
     gpu_model.set_device(*A100)  # one forward for all: that of 9.0 takes other steps where a tile holds such data
-    call = {name: torch.randn(1, 150, 1, 64).to(torch.bfloat16) for name in ("q", "k", "v", "dout")}
+    call = {name: torch.randn(1, 150, 1, dim).to(torch.bfloat16) for name in ("q", "k", "v", "dout")}
     call = binding.complete({**call, "causal": True, "deterministic": deterministic})
     out, lse = gpu_model.forward(call)
     blind = {**call, "k": call["k"].clone(), "v": call["v"].clone()}
@@ -201,9 +220,9 @@ def test_what_a_row_does_not_see_does_not_reach_its_gradients(value: float, gpu:
     dout = call["dout"].clone()
     dout[0, 70, 0, 5] = value
     spoiled = gpu_model.backward({**call, "dout": dout}, out, lse)
-    assert not spoiled["q"][:, 70].isfinite().any() and torch.equal(spoiled["q"][:, :70], clean["q"][:, :70])
+    assert not spoiled["q"][:, 70].isfinite().any() and equal(spoiled["q"][:, :70], clean["q"][:, :70])
     assert not spoiled["v"][:, :71, :, 5].isfinite().any() and spoiled["v"][:, :, :, :5].isfinite().all()
-    assert torch.equal(spoiled["v"][:, 71:], clean["v"][:, 71:]) and torch.equal(spoiled["k"][:, 71:], clean["k"][:, 71:])
+    assert equal(spoiled["v"][:, 71:], clean["v"][:, 71:]) and equal(spoiled["k"][:, 71:], clean["k"][:, 71:])
 
     spoiled = gpu_model.backward(blind, blind_out, blind_lse)
-    assert torch.equal(spoiled["q"][:, :100], clean["q"][:, :100]) and not spoiled["q"][:, 100:].isfinite().any()
+    assert equal(spoiled["q"][:, :100], clean["q"][:, :100]) and not spoiled["q"][:, 100:].isfinite().any()

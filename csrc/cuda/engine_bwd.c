@@ -2,7 +2,7 @@
 #include "engine.h"
 #include "kernels/args_bwd.h"
 #include "launch.h"
-#include "plan_bwd.h"
+#include "plan_bwd_wide.h"
 
 static fa_arg_bias_gradient bias_gradient(const fa_grid *g) {
   return (fa_arg_bias_gradient){fa_arg_of_grid(g), g->batch, g->heads, g->rows, g->columns};
@@ -48,8 +48,13 @@ fa_code fa_cuda_backward(const fa_problem *problem, const fa_context *context, f
   if (code == FA_OK) code = fa_workspace(context, plan.workspace_bytes, &workspace, error);
   if (code != FA_OK) return code;
   fa_gradient_args arguments = arguments_of(problem, &plan, workspace);
+  void *stream = context ? context->stream : NULL;
+  int *queues = at(workspace, plan.queue_offset);
+  if (queues) code = fa_driver_memset(problem->device_index, queues, 0, FA_BWD_LAUNCHES * sizeof *queues, stream, error);
   for (int i = 0; i < FA_BWD_LAUNCHES && code == FA_OK; i++)
-    if (plan.launches[i].kernel)
-      code = fa_launch(problem->device_index, &plan.launches[i], &arguments, context ? context->stream : NULL, error);
+    if (fa_launch_is_wide(&plan, i))
+      code = fa_launch_backward_wide(problem, &plan, i, &arguments, queues ? &queues[i] : NULL, stream, error);
+    else if (plan.launches[i].kernel)
+      code = fa_launch(problem->device_index, &plan.launches[i], &arguments, stream, error);
   return code;
 }

@@ -6,6 +6,7 @@
 
 #include "../core/error.h"
 #include "kernels/args_bwd.h"
+#include "plan_bwd_wide.h"
 
 /* bwd_keys_sm80: a warp owns keys. bwd_sm80: warps share out each product of a tile anew, S and dP each among all of them or among half. */
 enum { KEYS, TILES, PAIRS };
@@ -47,6 +48,7 @@ typedef struct {
   const key_tile *keys;
   const row_tile *rows;
   int plain; /* 1: bwd_f64 */
+  int wide;  /* 1: bwd_keys_sm90 and bwd_rows_sm90, which are planned elsewhere */
 } choice;
 
 static void note(fa_backward_plan *plan, const char *text) {
@@ -124,6 +126,10 @@ static choice choose(const fa_problem *p, const fa_device_limits *limits, fa_bac
   c.keys = choose_keys(&c);
   c.rows = choose_rows(&c);
   c.plain = !c.keys || !c.rows;
+  const char *reason = fa_plan_backward_wide(p, limits, plan);
+  c.wide = !reason;
+  if (c.wide) return c;
+  if (fa_max(p->dim_qk, p->dim_v) > 128 && limits->cc_major == 9) note(plan, reason);
   plan->adds_dq = !c.plain && p->grad.dq.data && !p->grad.dalibi.data && !p->deterministic && c.wants_keys;
   if (p->dtype == FA_F64) note(plan, "float64 runs on CUDA cores, for gradient checks");
   if (c.plain && p->dtype != FA_F64) note(plan, "the tiles of these head dims do not fit this GPU's shared memory: runs on CUDA cores");
@@ -257,14 +263,20 @@ static void plan_workspace(const choice *c, fa_backward_plan *plan) {
     plan->dalibi_offset = bytes;
     bytes += fa_align_workspace(rows / (size_t)plan->row_tile * sizeof(double));
   }
+  if (plan->uses_queue) {
+    plan->queue_offset = bytes;
+    bytes += FA_WORKSPACE_ALIGNMENT;
+  }
   plan->workspace_bytes = rows ? bytes : 0;
 }
 
 fa_code fa_plan_backward(const fa_problem *p, const fa_device_limits *limits, fa_backward_plan *plan, fa_error *error) {
   memset(plan, 0, sizeof *plan);
   choice c = choose(p, limits, plan);
-  plan_keys(&c, plan);
-  plan_rows(&c, plan);
+  if (!c.wide) {
+    plan_keys(&c, plan);
+    plan_rows(&c, plan);
+  }
   plan_bias(&c, plan);
   plan_helpers(&c, plan);
   plan_workspace(&c, plan);

@@ -127,6 +127,12 @@ static inline void cp_async_bulk_tensor_store(const fa_tma_map *map, uint32_t sr
       if (to) memcpy(to, shared + model_swizzle(src + row * 128 + column * 2), 2);
     }
 }
+static inline void cp_async_bulk_load(uint32_t dst, const void *src, int bytes, uint32_t bar) {
+  if (dst % 16 || (uintptr_t)src % 16 || bytes % 16) abort();
+  memcpy(shared + dst, src, (size_t)bytes);
+  model_barrier_at(bar)->bytes -= bytes;
+  model_barrier_check(model_barrier_at(bar));
+}
 static inline void cp_async_bulk_commit_group() {}
 static inline void cp_async_bulk_wait_group_read() {}
 static inline void cp_async_bulk_wait_group() {}
@@ -162,6 +168,8 @@ static inline uint32_t max_u16x2(uint32_t a, uint32_t b) {
 static inline void st_shared_if_negative(uint32_t, float x) {
   if (x < 0) abort();
 }
+static inline void griddepcontrol_launch_dependents() {}
+static inline void griddepcontrol_wait() {}
 #define forget_origin(pointer) ((void)0)
 #define setmaxnreg_dec(registers) ((void)0)
 #define setmaxnreg_inc(registers) ((void)0)

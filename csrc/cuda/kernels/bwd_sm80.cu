@@ -36,8 +36,8 @@
  *   sm_80   HEAD_DIM=64   255 registers  166016 bytes
  *   sm_80   HEAD_DIM=128  255 registers  164992 bytes
  *   sm_90a  HEAD_DIM=128  255 registers  231040 bytes
- *   sm_90a  HEAD_DIM=192  246 registers  231040 bytes
- *   sm_90a  HEAD_DIM=256  255 registers  230528 bytes
+ *   sm_100  HEAD_DIM=192  255 registers  231040 bytes
+ *   sm_100  HEAD_DIM=256  255 registers  230528 bytes
  *
  * Constants: DTYPE, HEAD_DIM and DIM_V (padded to 32), BLOCK_M, BLOCK_N, WARPS, S_WARPS, KV_WARPS, DQ_WARPS, STAGES, CTAS (on an SM),
  * PAIRED, ALIGNED, SCORE, DROPOUT, ADD_DQ (0: dQ is left to bwd_rows_sm80.cu or not wanted).

@@ -71,6 +71,13 @@ FA_INLINE void cp_async_bulk_tensor_store(const fa_tma_map *map, uint32_t src_sm
                "r"(c1), "r"(c2), "r"(c3)
                : "memory");
 }
+/* `bytes` from global to shared memory, all three multiples of 16. */
+FA_INLINE void cp_async_bulk_load(uint32_t dst_smem, const void *src_gmem, int bytes, uint32_t bar_smem) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst_smem), "l"(src_gmem),
+               "r"(bytes), "r"(bar_smem)
+               : "memory");
+}
+
 FA_INLINE void cp_async_bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 /* Until every group that this thread has committed has read its shared memory; until it is written as well. */
@@ -124,6 +131,14 @@ FA_INLINE void st_shared_if_negative(uint32_t dst_smem, float x) {
 
 /* No instruction: the compiler forgets where a pointer came from, and computes nothing from it ahead of this point. */
 #define forget_origin(pointer) asm volatile("" : "+l"(pointer))
+
+/* ---- from kernel to kernel, where the second was launched as programmatic ---- */
+
+/* The next kernel's CTAs may start once all CTAs of this grid have said so, or have ended. */
+FA_INLINE void griddepcontrol_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+/* Until the kernel before has ended and what it wrote is visible. */
+FA_INLINE void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 /* ---- registers between warpgroups; every warp of the warpgroup takes part ---- */
 
