@@ -86,10 +86,16 @@ def test_a_lone_head_is_split_until_the_gpu_is_full(plan, gpu: str) -> None:
 
 def test_hopper_takes_256_rows_where_192_leave_a_warpgroup_idle(plan):
     many = {"batch": 32, "heads_q": 32, "heads_k": 32, "dim_qk": 64, "dim_v": 64, "dtype": BF16}
-    rows = {seqlen: plan("H200", seqlen_q=seqlen, seqlen_k=seqlen, **many)["block_m"] for seqlen in (512, 1024, 4096, 8192)}
-    assert rows == {512: 256, 1024: 256, 4096: 256, 8192: 192}
+    rows = {n: [plan("H200", seqlen_q=n, seqlen_k=n, causal=c, **many)["block_m"] for c in (0, 1)] for n in (512, 1024, 2048, 4096)}
+    assert rows == {512: [256, 256], 1024: [256, 256], 2048: [192, 256], 4096: [192, 192]}
     few = {**many, "batch": 1, "heads_q": 8, "heads_k": 8}  # 16 tiles of 256 rows for 132 SMs
     assert plan("H200", seqlen_q=512, seqlen_k=512, **few)["block_m"] == 192
+
+
+def test_hopper_takes_longer_blocks_for_more_keys(plan):
+    shape = {"batch": 8, "heads_q": 16, "heads_k": 16, "dtype": BF16}
+    blocks = {n: [plan("H200", seqlen_q=n, seqlen_k=n, causal=c, **shape)["block_n"] for c in (0, 1)] for n in (1024, 2048, 8192)}
+    assert blocks == {1024: [128, 128], 2048: [160, 128], 8192: [176, 128]}
 
 
 SERVING = {"batch": 4, "heads_q": 32, "heads_k": 8, "seqlen_q": 1, "seqlen_k": 8192, "causal": 1}

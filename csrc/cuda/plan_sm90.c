@@ -100,12 +100,21 @@ static int64_t tiles_in_all(const fa_problem *p, const tile_row *t) {
   return fa_sequence_tiles(p, p->total_q, p->seqlen_q, QUERY_ROWS * t->warpgroups) * p->heads_q * (p->lengths.packed ? 1 : p->batch);
 }
 
+/* Keys that a row sees at most. */
+static int64_t keys_of_row(const fa_problem *p) {
+  const fa_rule rule = p->visibility.rule;
+  int64_t all = p->seqlen_k, before = rule.window_left < 0 ? all : rule.window_left,
+          behind = rule.window_right < 0 ? all : rule.window_right;
+  if (rule.causal) behind = 0;
+  return before + 1 + behind < all ? before + 1 + behind : all;
+}
+
 static const tile_row *choose_row(const fa_problem *p, const fa_device_limits *limits) {
   for (size_t i = 0; i < sizeof tile_rows / sizeof *tile_rows; i++) {
     const tile_row *t = &tile_rows[i];
     if (p->dim_qk <= t->dim_qk && p->dim_v <= t->dim_v && fits(t->masking, has_masking(p)) && features_of(p) <= t->features &&
         fits(t->varlen, has_varlen(p)) && t->block == has_blocks(p) && fits(t->few, has_few_rows(p)) && divides_blocks(p, t) &&
-        p->seqlen_k >= t->keys && tiles_in_all(p, t) >= (int64_t)t->tiles * limits->sm_count &&
+        keys_of_row(p) >= t->keys && tiles_in_all(p, t) >= (int64_t)t->tiles * limits->sm_count &&
         smem_of(p, t) <= limits->smem_per_block_optin)
       return t;
   }

@@ -58,6 +58,8 @@ static inline void mbarrier_wait_parity(uint32_t bar, int parity) {
   while ((model_barrier_at(bar)->phase & 1) == parity) model_wait_a_little("mbarrier");
 }
 
+static inline int mbarrier_test_wait_parity(uint32_t bar, int parity) { return (model_barrier_at(bar)->phase & 1) != parity; }
+
 static inline void model_named_arrive(int id, int threads) {
   model_named *b = &model_named_barriers[id];
   if (++b->arrived == threads) b->arrived = 0, b->round++;

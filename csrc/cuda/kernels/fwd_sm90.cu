@@ -41,6 +41,8 @@
  *      96       3 x 96                96 KB     96 KB                48     24     48      152          56
  *      96       2 x 128               64 KB    128 KB                64     32     48      232          40   (likewise below)
  *     128       2 x 128               64 KB    128 KB                64     32     64
+ *     128       2 x 160               64 KB    160 KB                80     40     64
+ *     128       2 x 176               32 KB    176 KB                88     44     64
  *     192       2 x 112               48 KB    168 KB                56     28     96
  *     256       2 x 80                64 KB    160 KB                40     20    128
  *
@@ -88,6 +90,9 @@
 #define TILES_OFFSET (SHIFTS_OFFSET + (SCORE == SCORE_AND_TILES ? 4 * WARPGROUPS * SHIFT_BYTES : 0))
 #define BLOCKS_OFFSET (TILES_OFFSET + TILE_SLOTS * WORK_BYTES)
 #define BARRIERS_OFFSET (BLOCKS_OFFSET + (STAGES + 1) / 2 * 8)
+
+/* A step looks whether its successor's K and V have landed, so that it need not ask, which takes 200 cycles. Under masks ptxas makes worse loops of that. */
+#define TEST_EARLY (!MASKING && !BLOCK_MASK)
 
 /* Named barriers, one for each warpgroup w. */
 #define TURN_BARRIER 1                           /* + w: its turn to issue products */
@@ -282,6 +287,10 @@ FA_INLINE void pass_turn(const place *me) {
 FA_INLINE void await_k(const place *me, int i) { mbarrier_wait_parity(k_full(me->smem, i), parity(i, STAGES)); }
 FA_INLINE void await_v(const place *me, int i) { mbarrier_wait_parity(v_full(me->smem, i), parity(i, STAGES)); }
 FA_INLINE void await_q(const place *me, int i) { mbarrier_wait_parity(q_full(me->smem, warpgroup(me), i), parity(i, Q_STAGES)); }
+FA_INLINE int have_landed(const place *me, int ring) { /* the operands of the step of block number `ring` */
+  return mbarrier_test_wait_parity(k_full(me->smem, ring), parity(ring, STAGES)) &
+         mbarrier_test_wait_parity(v_full(me->smem, ring - 1), parity(ring - 1, STAGES));
+}
 FA_INLINE void release_k(const place *me, int i) {
   if (laneid() == 0) mbarrier_arrive(k_empty(me->smem, i));
 }
@@ -381,8 +390,9 @@ FA_INLINE int block_of(const place *me, int n, int ring) { return BLOCK_MASK ? u
 
 FA_INLINE int needs_mask(const part *own, int n) { return n >= own->plain_end || n < own->plain_first; }
 
-/* The first block of a tile after none: nothing to overlap with. */
-FA_INLINE void first_step(const place *me, const part *own, int turn, int ring, uint32_t p[2 * S_FRAGS], float max[2], float sum[2]) {
+/* The first block of a tile after none: nothing to overlap with. *landed: the next step's operands have. */
+FA_INLINE void first_step(const place *me, const part *own, int turn, int ring, uint32_t p[2 * S_FRAGS], float max[2], float sum[2],
+                          int *landed) {
   float s[S_FRAGS][4], rescale[2];
   uint32_t kept[KEPT_WORDS];
   await_k(me, ring);
@@ -409,6 +419,7 @@ FA_INLINE void first_step(const place *me, const part *own, int turn, int ring, 
   if (needs_mask(own, n)) mask_scores(s, &at);
   move_maxima(s, me->to_log2, max, rescale);
   weighing w = weighing_from(max, 1);
+  if (TEST_EARLY && own->last > own->first) *landed = have_landed(me, ring + 1);
   weigh(s, 0, S_FRAGS, me->to_log2, &w, sum, args_zero(me));
   pack_weights(p, s);
   if (DROPOUT) drop_weights(p, kept);
@@ -416,12 +427,14 @@ FA_INLINE void first_step(const place *me, const part *own, int turn, int ring, 
 
 /* Block n, number `ring`, while O takes up the weights of the block before. */
 FA_INLINE void step(const place *me, const part *own, int n, int turn, int ring, float o[O_FRAGS][4], uint32_t p[2 * S_FRAGS], float max[2],
-                    float sum[2]) {
+                    float sum[2], int *landed) {
   float s[S_FRAGS][4], rescale[2] = {1.0f, 1.0f}, added[2] = {0.0f, 0.0f};
   uint32_t kept[KEPT_WORDS];
   int last_use = n == own->first, add = n + 1 < own->last;
-  await_k(me, ring);
-  await_v(me, ring - 1);
+  if (!TEST_EARLY || !*landed) {
+    await_k(me, ring);
+    await_v(me, ring - 1);
+  }
   uint32_t q = q_start(me, turn), keys = k_start(me, ring), values = v_start(me, ring - 1);
   take_turn(me);
   if (OVERLAP) issue_scores(s, q, keys);
@@ -451,6 +464,7 @@ FA_INLINE void step(const place *me, const part *own, int n, int turn, int ring,
     wgmma_hold(&o[0][0], 4 * O_FRAGS);
     release_v(me, ring - 1);
   }
+  if (TEST_EARLY && !last_use) *landed = have_landed(me, ring + 1);
   weigh(s, WAIT_FRAGS, S_FRAGS, me->to_log2, &w, added, args_zero(me));
   pack_weights(p, s);
   if (!SCORE && !moved && !weights_are_within(MOST_WEIGHT, added)) {
@@ -494,7 +508,7 @@ FA_INLINE int attend(const place *me, int turn, int ring, float o[O_FRAGS][4], f
   uint32_t p[2 * S_FRAGS], tile_smem = slot_smem(me->smem, turn);
   work t = receive_work(problem, tile_smem);
   part own = part_of(me, &t);
-  int n = own.last;
+  int n = own.last, landed = 0;
   float max[2] = {MINUS_INFINITY, MINUS_INFINITY}, sum[2] = {0.0f, 0.0f};
   ring = let_pass(me, ring, own.ahead);
   await_q(me, turn);
@@ -505,9 +519,9 @@ FA_INLINE int attend(const place *me, int turn, int ring, float o[O_FRAGS][4], f
     end_statistics(me->args, &t, me->warp_row, max, sum, factor);
     return ring;
   }
-  first_step(me, &own, turn, ring, p, max, sum);
+  first_step(me, &own, turn, ring, p, max, sum, &landed);
 #pragma unroll 1
-  for (ring++; --n >= own.first; ring++) step(me, &own, n, turn, ring, o, p, max, sum);
+  for (ring++; --n >= own.first; ring++) step(me, &own, n, turn, ring, o, p, max, sum, &landed);
   last_step(me, &own, turn, ring - 1, o, p, max, sum, factor);
   return BLOCK_MASK ? ring : let_pass(me, ring, own.first - receive_work(problem, tile_smem).first);
 }

@@ -36,6 +36,16 @@ FA_INLINE void mbarrier_wait_parity(uint32_t bar_smem, int parity) {
       : "memory");
 }
 
+/* Whether it is over, without waiting. */
+FA_INLINE int mbarrier_test_wait_parity(uint32_t bar_smem, int parity) {
+  int over;
+  asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}"
+               : "=r"(over)
+               : "r"(bar_smem), "r"(parity)
+               : "memory");
+  return over;
+}
+
 /* ---- named barriers: see also bar_sync in ptx.h ---- */
 
 FA_INLINE void bar_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
