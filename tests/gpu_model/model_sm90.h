@@ -120,6 +120,7 @@ static inline void cp_async_bulk_tensor_load_5d(uint32_t dst, const fa_tma_map *
   model_load(dst, map, bar, 5, c0, c1, c2, c3, c4);
 }
 static inline void prefetch_tensormap(const fa_tma_map *) {}
+static inline void cp_async_bulk_prefetch_tensor(const fa_tma_map *, int, int, int, int) {}
 static inline void cp_async_bulk_tensor_store(const fa_tma_map *map, uint32_t src, int c0, int c1, int c2, int c3) {
   const model_map *m = (const model_map *)map;
   int c[5] = {c0, c1, c2, c3, 0};

@@ -218,6 +218,10 @@ FA_INLINE int load_tile(const fa_gradient_args *args, const fa_tma_map *q_map, c
       if (MASKING) st_shared_b32(queries_smem(smem, ring), (uint32_t)(is_plain ? -1 : m0));
       load_box(q_smem(smem, ring), q_map, q_full(smem, ring), QK_CHUNKS, (int)t->of.q_start + m0, h, b, 4 * BLOCK_M);
       cp_async_bulk_load(lse_smem(smem, ring), (const float *)args->lse_rows + row, 4 * BLOCK_M, q_full(smem, ring));
+      if (m0 + STEPS_AHEAD * BLOCK_M < t->end && asks_ahead(m0 / BLOCK_M, t->of.m0 / BLOCK_N)) {
+        prefetch_chunks(q_map, QK_CHUNKS, (int)t->of.q_start + m0 + STEPS_AHEAD * BLOCK_M, h, b);
+        prefetch_chunks(dout_map, V_CHUNKS, (int)t->of.q_start + m0 + STEPS_AHEAD * BLOCK_M, h, b);
+      }
       if (left == t->steps) {
         mbarrier_wait_parity(v_empty(smem), parity(use, 1) ^ 1); /* the products with the V of the tile before are done */
         load_box(smem + V_OFFSET, v_map, v_full(smem), V_CHUNKS, key_row, t->of.h, b, 0);
@@ -236,8 +240,7 @@ FA_INLINE void produce(const fa_gradient_args *args, const fa_schedule *schedule
 #pragma unroll 1
   for (int turn = 0;;) {
     key_tile t = find_tile(&args->problem, schedule, number);
-    int taken = number, over = number >= schedule->total;
-    if (schedule->next && !over && laneid() == 0) taken = atomicAdd(schedule->next, 1);
+    int over = number >= schedule->total;
     if (t.of.b >= 0 || over) {
       if (laneid() == 0) {
         mbarrier_wait_parity(tile_empty(smem, turn), parity(turn, TILE_SLOTS) ^ 1); /* every consumer warp has written that tile's sums */
@@ -250,7 +253,9 @@ FA_INLINE void produce(const fa_gradient_args *args, const fa_schedule *schedule
       turn++;
       __syncwarp();
     }
-    number = __shfl_sync(0xFFFFFFFFu, taken, 0) + (int)gridDim.x;
+    /* Taken late: a tile that waits behind a long one waits for this CTA though others may be free. */
+    if (schedule->next && laneid() == 0) number = atomicAdd(schedule->next, 1);
+    number = __shfl_sync(0xFFFFFFFFu, number, 0) + (int)gridDim.x;
   }
 }
 

@@ -159,6 +159,10 @@ FA_INLINE int load_tile(const fa_arg_problem *p, const fa_tma_map *q_map, const 
       st_shared_b32(block_smem(smem, ring), block);
       load_box(k_smem(smem, ring), k_map, k_full(smem, ring), QK_CHUNKS, row, h_k, b, 0);
       if (with_queries) load_queries(p, q_map, dout_map, smem, t, turn);
+      if (n - STEPS_AHEAD >= t->first && asks_ahead(n, t->m0 / BLOCK_M)) {
+        prefetch_chunks(k_map, QK_CHUNKS, row - STEPS_AHEAD * BLOCK_N, h_k, b);
+        prefetch_chunks(v_map, V_CHUNKS, row - STEPS_AHEAD * BLOCK_N, h_k, b);
+      }
     }
     __syncwarp();
     n = next_block(p, t, n - 1);
@@ -176,8 +180,7 @@ FA_INLINE void produce(const fa_arg_problem *p, const fa_schedule *schedule, con
 #pragma unroll 1
   for (int turn = 0;;) {
     work t = find_work(p, schedule, number, &k_start);
-    int taken = number, over = number >= schedule->total;
-    if (schedule->next && !over && laneid() == 0) taken = atomicAdd(schedule->next, 1);
+    int over = number >= schedule->total;
     if (t.b >= 0 || over) {
       if (laneid() == 0) {
         mbarrier_wait_parity(tile_empty(smem, turn), parity(turn, TILE_SLOTS) ^ 1); /* every consumer warp has written that tile's dQ */
@@ -190,7 +193,9 @@ FA_INLINE void produce(const fa_arg_problem *p, const fa_schedule *schedule, con
       turn++;
       __syncwarp();
     }
-    number = __shfl_sync(0xFFFFFFFFu, taken, 0) + (int)gridDim.x;
+    /* Taken late: a tile that waits behind a long one waits for this CTA though others may be free. */
+    if (schedule->next && laneid() == 0) number = atomicAdd(schedule->next, 1);
+    number = __shfl_sync(0xFFFFFFFFu, number, 0) + (int)gridDim.x;
   }
 }
 

@@ -44,6 +44,16 @@ FA_INLINE void load_box(uint32_t dst_smem, const fa_tma_map *map, uint32_t full,
   load_chunks(dst_smem, map, full, chunks, row, h, b);
 }
 
+/* CTAs that share a head walk through it side by side, so each step would wait for memory. They ask for the rows of the step after the next ahead of time,
+ * half of the CTAs for each. */
+#define STEPS_AHEAD 2
+FA_INLINE int asks_ahead(int step, int tile) { return (step + tile) % 2 == 0; }
+
+FA_INLINE void prefetch_chunks(const fa_tma_map *map, int chunks, int row, int h, int b) {
+#pragma unroll 1
+  for (int c = 0; c < chunks; c++) cp_async_bulk_prefetch_tensor(map, 64 * c, row, h, b);
+}
+
 /* All lanes of the warp have done with what the barrier guards. */
 FA_INLINE void arrive_as_warp(uint32_t bar) {
   __syncwarp();

@@ -81,6 +81,12 @@ FA_INLINE void cp_async_bulk_tensor_store(const fa_tma_map *map, uint32_t src_sm
                "r"(c1), "r"(c2), "r"(c3)
                : "memory");
 }
+/* The box that a load with the same coordinates would bring, into the L2 cache alone. */
+FA_INLINE void cp_async_bulk_prefetch_tensor(const fa_tma_map *map, int c0, int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+               : "memory");
+}
+
 /* `bytes` from global to shared memory, all three multiples of 16. */
 FA_INLINE void cp_async_bulk_load(uint32_t dst_smem, const void *src_gmem, int bytes, uint32_t bar_smem) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst_smem), "l"(src_gmem),
