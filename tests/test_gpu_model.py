@@ -38,6 +38,7 @@ FORWARD = [
     # Tiles of eight warps.
     (A100, Case("dim128", dtype="float32", dim_qk=128, causal=True, **SHAPE)),
     (RTX_5090, Case("dim128", dtype="float32", dim_qk=128, dim_v=100, causal=True, **SHAPE)),
+    (H200, Case("dim256", dtype="float32", dim_qk=256, causal=True, **SHAPE)),
     (A100, Case("softcap_dropout", dtype="float32", dim_qk=64, softcap=3.0, dropout=0.1, **SHAPE)),
     (A100, Case("dim256", dtype="bfloat16", dim_qk=256, causal=True, **SHAPE)),
     (RTX_5090, Case("causal", dtype="bfloat16", causal=True, **SHAPE)),
@@ -69,6 +70,8 @@ BACKWARD = [
     (RTX_5090, Case("dim256", dtype="bfloat16", dim_qk=256, causal=True, **SHAPE)),
     (RTX_5090, Case("everything", dtype="float64", **SHAPE, **EVERYTHING)),
     (A100, Case("everything", dtype="float32", **SHAPE, **EVERYTHING)),
+    (H200, Case("dim96", dtype="float32", dim_qk=96, causal=True, **SHAPE)),
+    (H200, Case("dim256", dtype="float32", dim_qk=256, causal=True, **SHAPE)),
     # Tensor cores round sums toward zero: long ones in float32, and those of a slope, drift with it.
     (A100, Case("long_sums", dtype="float32", seqlen_q=300, seqlen_k=1)),
     (A100, Case("alibi", dtype="float32", alibi="h")),

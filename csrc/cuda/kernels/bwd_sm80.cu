@@ -44,7 +44,7 @@
  */
 #define REAL float
 /* fp32: more of them side by side take registers that dK and dV need. */
-#define STEP_UNROLL (DTYPE != 1 ? 64 : HEAD_DIM <= 192 ? 2 : 1)
+#define STEP_UNROLL (DTYPE != 1 ? 64 : HEAD_DIM <= 128 ? 2 : 1)
 
 #include "work_bwd.h"
 
