@@ -55,13 +55,32 @@ def test_a_warp_has_whole_fragments(plan) -> None:
 
 
 def test_dq_is_added_unless_it_must_be_reproducible(plan) -> None:
-    assert kernels(plan()) == ["bwd_prep", "bwd_sm80", "bwd_finish"] and not plan()["deterministic"]
-    for words in ({"deterministic": 1}, {"alibi": 1}):
-        found = plan(**words)
-        assert kernels(found)[:3] == ["bwd_prep", "bwd_sm80", "bwd_rows_sm80"] and found["deterministic"]
+    for gpu, kernel in (("H200", "bwd_sm90"), ("A100", "bwd_sm80")):
+        assert kernels(plan(gpu)) == ["bwd_prep", kernel, "bwd_finish"] and not plan(gpu)["deterministic"]
+        found = plan(gpu, deterministic=1)
+        assert kernels(found) == ["bwd_prep", kernel, "bwd_rows_sm80"] and found["deterministic"]
         assert any("kernel of its own" in note for note in found["notes"])
-    assert kernels(plan(dk=0, dv=0)) == ["bwd_prep", "bwd_rows_sm80"]
-    assert kernels(plan(dq=0)) == ["bwd_prep", "bwd_sm80"]
+        assert kernels(plan(gpu, alibi=1))[:3] == ["bwd_prep", "bwd_sm80", "bwd_rows_sm80"]
+        assert kernels(plan(gpu, dk=0, dv=0)) == ["bwd_prep", "bwd_rows_sm80"]
+        assert kernels(plan(gpu, dq=0)) == ["bwd_prep", kernel]
+
+
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        ({"cc": 100}, "compute capability"),
+        ({"smem": 99 * 1024}, "shared memory"),
+        ({"dtype": F32}, "float16"),
+        ({"block": 64}, "block_mask"),
+        ({"shift": 2}, "aligned"),
+        ({"softcap": 9}, "softcap"),
+        ({"dropout_percent": 9}, "dropout"),
+    ],
+)
+def test_the_hopper_kernel_runs_unless_there_is_a_reason(plan, words: dict, reason: str) -> None:
+    assert "bwd_sm90" in kernels(plan()) and not plan()["notes"]
+    found = plan(**words)
+    assert "bwd_sm90" not in kernels(found) and any(note.startswith("bwd_sm90: ") and reason in note for note in found["notes"])
 
 
 WIDE = ["bwd_prep", "bwd_keys_sm90", "bwd_rows_sm90"]

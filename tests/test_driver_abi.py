@@ -147,10 +147,10 @@ class Map(h.c.Structure):
 raw, error = Map(), h.Error()
 aligned = (h.c.addressof(raw) + 63) // 64 * 64
 shape = h.TensorMapShape(4, 3, 1 << 20, (64, 100, 2), (128, 12800), (64, 128, 1), 3, 3)
-print(host.lib.fa_driver_tensor_map(h.c.byref(shape), h.c.c_void_p(aligned), h.c.byref(error)))
+print(host.lib.fa_driver_tensor_map(0, h.c.byref(shape), h.c.c_void_p(aligned), h.c.byref(error)))
 print(host.get("map_type"), host.get("map_swizzle_128"), host.get("map_promote_256"))
 shape.base += 8
-print(host.lib.fa_driver_tensor_map(h.c.byref(shape), h.c.c_void_p(aligned), h.c.byref(error)), error.message.decode())
+print(host.lib.fa_driver_tensor_map(0, h.c.byref(shape), h.c.c_void_p(aligned), h.c.byref(error)), error.message.decode())
 """)
     lines = out.splitlines()
     assert lines[:5] == ["(0, '') 0x7070707 16", "(0, '') 0x7 64", "(0, '') 2", "0", "1 1 1"]

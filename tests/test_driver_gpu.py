@@ -125,7 +125,7 @@ def test_tensor_map_of_a_strided_tensor(host):
     q = torch.empty(2, 100, 3, 128, dtype=torch.bfloat16, device="cuda")
     dims, strides = (64, 100, 2, 3, 2), (3 * 128 * 2, 128, 128 * 2, 100 * 3 * 128 * 2)
     shape = TensorMapShape(4, 5, q.data_ptr(), dims, strides, (64, 128, 2, 1, 1), 3, 3)
-    code = host.lib.fa_driver_tensor_map(c.byref(shape), c.c_void_p(aligned), c.byref(error))
+    code = host.lib.fa_driver_tensor_map(0, c.byref(shape), c.c_void_p(aligned), c.byref(error))
     assert code == OK, error.message
 
 

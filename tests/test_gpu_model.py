@@ -15,7 +15,7 @@ from cases import Case, build
 
 pytestmark = pytest.mark.skipif(not gpu_model.available, reason="no C++ compiler to build the kernels with")
 
-# Compute capability, SMs, shared memory of a block. The forward plan takes Hopper's own kernel on 9.0 alone.
+# Compute capability, SMs, shared memory of a block. The plans take Hopper's own kernels on 9.0 alone.
 A100, H200, RTX_5090 = (8, 0, 108, 166912), (9, 0, 132, 232448), (12, 0, 170, 101376)
 B200 = (10, 0, 148, 232448)
 FEW_SMS = (9, 0, 3, 232448)  # so that each CTA takes several tiles
@@ -53,7 +53,6 @@ FORWARD = [
 ]
 BACKWARD = [
     (H200, Case("causal", dtype="float16", dim_qk=64, causal=True, **SHAPE)),
-    (H200, Case("causal", dtype="bfloat16", dim_qk=128, causal=True, heads_q=4, **SHAPE)),  # three stages
     (B200, Case("causal", dtype="bfloat16", dim_qk=256, causal=True, **SHAPE)),  # pairs of warps
     (H200, Case("causal", dtype="float16", dim_qk=256, causal=True, **SHAPE)),
     (H200, Case("plain", dtype="bfloat16", dim_qk=40, dim_v=200, sinks=True, **SHAPE)),
@@ -61,6 +60,13 @@ BACKWARD = [
     (FEW_SMS, Case("packed", dtype="bfloat16", dim_qk=192, dim_v=136, **PACKED)),
     (FEW_SMS, Case("window", dtype="bfloat16", dim_qk=192, seqlen_q=290, seqlen_k=275, window=(70, 9), heads_q=4, seqused="qk")),
     (FEW_SMS, Case("block", dtype="bfloat16", dim_qk=256, seqlen_q=290, seqlen_k=275, block=128)),
+    (H200, Case("full", dtype="bfloat16", dim_qk=128, heads_q=4, **SHAPE)),
+    (H200, Case("causal", dtype="bfloat16", dim_qk=128, causal=True, heads_q=4, **SHAPE)),
+    (H200, Case("causal", dtype="bfloat16", dim_qk=96, dim_v=40, causal=True, deterministic=True, **SHAPE)),
+    (H200, Case("top_left", dtype="float16", dim_qk=40, dim_v=128, causal="top_left", sinks=True, **SHAPE)),
+    (H200, Case("packed", dtype="float16", dim_qk=128, **PACKED)),
+    (B200, Case("causal", dtype="float16", dim_qk=64, causal=True, **SHAPE)),  # a warp owns keys
+    (B200, Case("causal", dtype="bfloat16", dim_qk=128, causal=True, heads_q=4, **SHAPE)),  # three stages
     (H200, Case("packed", dtype="bfloat16", dim_qk=64, dim_v=40, **PACKED)),
     (H200, Case("window", dtype="bfloat16", dim_qk=64, seqlen_q=290, seqlen_k=275, window=(70, 9), heads_q=4, seqused="qk")),
     (H200, Case("block", dtype="bfloat16", dim_qk=64, seqlen_q=290, seqlen_k=275, block=128)),
@@ -203,7 +209,7 @@ def almost(a: torch.Tensor, b: torch.Tensor) -> bool:
 # The kernels for wide heads compute a row again that is not finite, so it may differ in its last bit.
 @pytest.mark.parametrize(
     "gpu, dim, deterministic, equal",
-    [(A100, 64, False, torch.equal), (A100, 64, True, torch.equal), (H200, 64, False, torch.equal), (H200, 256, False, almost)],
+    [(A100, 64, False, torch.equal), (A100, 64, True, torch.equal), (H200, 64, False, torch.equal), (H200, 128, False, torch.equal), (H200, 256, False, almost)],
     ids=name_of,
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -26,6 +26,8 @@ KNOWN_SPILLS = {
     ("fwd_sm80", 3): 100,
     ("fwd_sm80", 4): 100,
     ("bwd_sm80", 1): 16,
+    ("bwd_sm90", 3): 200,
+    ("bwd_sm90", 4): 200,
     ("bwd_sm80", 3): 16,
     ("bwd_sm80", 4): 16,
     # The producer warp's, whose 24 registers leave the consumers the rest.

@@ -296,10 +296,18 @@ static int tensor_map_type(fa_dtype dtype) {
 }
 
 /* A pure host function in the driver: no context, no GPU work. */
-fa_code fa_driver_tensor_map(const fa_tensor_map_shape *shape, fa_tensor_map *map, fa_error *error) {
+/* Some drivers want a context for it, which a thread of autograd may not have. */
+fa_code fa_driver_tensor_map(int device, const fa_tensor_map_shape *shape, fa_tensor_map *map, fa_error *error) {
   static const uint32_t element_strides[5] = {1, 1, 1, 1, 1};
-  cu_result result = cu.tensor_map(map, tensor_map_type(shape->dtype), (uint32_t)shape->rank, shape->base, shape->dims, shape->stride_bytes,
-                                   shape->box, element_strides, 0, (int)shape->swizzle, (int)shape->l2_promotion, 0);
+  const fa_device_limits *limits;
+  int pushed;
+  fa_code code = fa_driver_device(device, &limits, error);
+  if (code) return code;
+  cu_result result = enter_context(device, &pushed);
+  if (!result)
+    result = cu.tensor_map(map, tensor_map_type(shape->dtype), (uint32_t)shape->rank, shape->base, shape->dims, shape->stride_bytes,
+                           shape->box, element_strides, 0, (int)shape->swizzle, (int)shape->l2_promotion, 0);
+  leave_context(pushed);
   if (!result) return FA_OK;
   return driver_fail(error, result, "tensor map of rank %d at %p, box %u x %u x %u x %u x %u", shape->rank, shape->base, shape->box[0],
                      shape->box[1], shape->box[2], shape->box[3], shape->box[4]);

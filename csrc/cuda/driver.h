@@ -69,7 +69,7 @@ fa_code fa_driver_load(int device, const void *cubin, const char *entry, int dyn
 fa_code fa_driver_launch(const fa_kernel *kernel, const fa_launch_shape *shape, void **arguments, fa_error *error);
 
 fa_code fa_driver_memset(int device, void *pointer, unsigned char value, size_t bytes, void *stream, fa_error *error);
-fa_code fa_driver_tensor_map(const fa_tensor_map_shape *shape, fa_tensor_map *map, fa_error *error);
+fa_code fa_driver_tensor_map(int device, const fa_tensor_map_shape *shape, fa_tensor_map *map, fa_error *error);
 
 /* CUDA version of the open driver as 1000 * major + 10 * minor, 0 when it is not open. */
 int fa_driver_version(void);

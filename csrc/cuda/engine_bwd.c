@@ -2,6 +2,7 @@
 #include "engine.h"
 #include "kernels/args_bwd.h"
 #include "launch.h"
+#include "plan_bwd_sm90.h"
 #include "plan_bwd_wide.h"
 
 static fa_arg_bias_gradient bias_gradient(const fa_grid *g) {
@@ -54,6 +55,8 @@ fa_code fa_cuda_backward(const fa_problem *problem, const fa_context *context, f
   for (int i = 0; i < FA_BWD_LAUNCHES && code == FA_OK; i++)
     if (fa_launch_is_wide(&plan, i))
       code = fa_launch_backward_wide(problem, &plan, i, &arguments, queues ? &queues[i] : NULL, stream, error);
+    else if (i == FA_BWD_KEYS && fa_plan_is_backward_sm90(&plan))
+      code = fa_launch_backward_sm90(problem, &plan, &arguments, stream, error);
     else if (plan.launches[i].kernel)
       code = fa_launch(problem->device_index, &plan.launches[i], &arguments, stream, error);
   return code;

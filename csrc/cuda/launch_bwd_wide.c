@@ -16,10 +16,10 @@ fa_code fa_launch_backward_wide(const fa_problem *p, const fa_backward_plan *pla
   schedule.next = queue;
   if (planned->grid == 0) return FA_OK;
   fa_code code = fa_store_get(p->device_index, &variant, &kernel, error);
-  if (code == FA_OK) code = fa_map_view(&p->q, p->dtype, p->dim_qk, rows_q, p->heads_q, batch, BOX_ROWS, &map[0], error);
-  if (code == FA_OK) code = fa_map_view(&p->k, p->dtype, p->dim_qk, rows_k, p->heads_k, batch, BOX_ROWS, &map[1], error);
-  if (code == FA_OK) code = fa_map_view(&p->v, p->dtype, p->dim_v, rows_k, p->heads_k, batch, BOX_ROWS, &map[2], error);
-  if (code == FA_OK) code = fa_map_view(&p->grad.dout, p->dtype, p->dim_v, rows_q, p->heads_q, batch, BOX_ROWS, &map[3], error);
+  if (code == FA_OK) code = fa_map_view(p, &p->q, p->dim_qk, rows_q, p->heads_q, batch, BOX_ROWS, &map[0], error);
+  if (code == FA_OK) code = fa_map_view(p, &p->k, p->dim_qk, rows_k, p->heads_k, batch, BOX_ROWS, &map[1], error);
+  if (code == FA_OK) code = fa_map_view(p, &p->v, p->dim_v, rows_k, p->heads_k, batch, BOX_ROWS, &map[2], error);
+  if (code == FA_OK) code = fa_map_view(p, &p->grad.dout, p->dim_v, rows_q, p->heads_q, batch, BOX_ROWS, &map[3], error);
   if (code != FA_OK) return code;
   const fa_launch_shape shape = {
       .grid = {(unsigned)planned->grid, 1, 1},

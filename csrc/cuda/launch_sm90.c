@@ -3,12 +3,12 @@
 
 enum { MAP_COLUMNS = 64, QUERY_ROWS = 64, OUT_ROWS = 16 };
 
-/* (dim, position, head, batch) in boxes of 64 columns by `rows` positions. Dimensions of one element may have any stride: it is not used. */
-fa_code fa_map_view(const fa_view *view, fa_dtype dtype, int dim, int64_t positions, int heads, int batch, int rows, fa_tensor_map *map,
-                    fa_error *error) {
-  uint64_t size = (uint64_t)fa_dtype_bytes(dtype);
+/* Dimensions of one element may have any stride: it is not used. */
+fa_code fa_map_view(const fa_problem *p, const fa_view *view, int dim, int64_t positions, int heads, int batch, int rows,
+                    fa_tensor_map *map, fa_error *error) {
+  uint64_t size = (uint64_t)fa_dtype_bytes(p->dtype);
   const fa_tensor_map_shape shape = {
-      .dtype = dtype,
+      .dtype = p->dtype,
       .rank = 4,
       .base = view->data,
       .dims = {(uint64_t)dim, (uint64_t)positions, (uint64_t)heads, (uint64_t)batch},
@@ -18,7 +18,7 @@ fa_code fa_map_view(const fa_view *view, fa_dtype dtype, int dim, int64_t positi
       .swizzle = FA_SWIZZLE_128B,
       .l2_promotion = FA_L2_256B,
   };
-  return fa_driver_tensor_map(&shape, map, error);
+  return fa_driver_tensor_map(p->device_index, &shape, map, error);
 }
 
 /* Queries as (dim, head of a group, position, group, batch): a box is the rows of a warpgroup, 1 << pack_log2 heads of them side by side. Heads
@@ -36,18 +36,17 @@ static fa_code map_groups(const fa_problem *p, int pack_log2, int64_t positions,
       .swizzle = FA_SWIZZLE_128B,
       .l2_promotion = FA_L2_256B,
   };
-  return fa_driver_tensor_map(&shape, map, error);
+  return fa_driver_tensor_map(p->device_index, &shape, map, error);
 }
 
 static fa_code map_all(const fa_problem *p, const fa_forward_plan *plan, fa_tensor_map map[4], fa_error *error) {
   int packed = p->lengths.packed, batch = packed ? 1 : p->batch, block_n = plan->block_n;
   int64_t rows_q = packed ? p->total_q : p->seqlen_q, rows_k = packed ? p->total_k : p->seqlen_k;
-  fa_code code = fa_plan_has_few_rows(plan)
-                     ? map_groups(p, plan->pack_log2, rows_q, batch, &map[0], error)
-                     : fa_map_view(&p->q, p->dtype, p->dim_qk, rows_q, p->heads_q, batch, QUERY_ROWS, &map[0], error);
-  if (code == FA_OK) code = fa_map_view(&p->k, p->dtype, p->dim_qk, rows_k, p->heads_k, batch, block_n, &map[1], error);
-  if (code == FA_OK) code = fa_map_view(&p->v, p->dtype, p->dim_v, rows_k, p->heads_k, batch, block_n, &map[2], error);
-  if (code == FA_OK) code = fa_map_view(&p->out, p->dtype, p->dim_v, rows_q, p->heads_q, batch, OUT_ROWS, &map[3], error);
+  fa_code code = fa_plan_has_few_rows(plan) ? map_groups(p, plan->pack_log2, rows_q, batch, &map[0], error)
+                                            : fa_map_view(p, &p->q, p->dim_qk, rows_q, p->heads_q, batch, QUERY_ROWS, &map[0], error);
+  if (code == FA_OK) code = fa_map_view(p, &p->k, p->dim_qk, rows_k, p->heads_k, batch, block_n, &map[1], error);
+  if (code == FA_OK) code = fa_map_view(p, &p->v, p->dim_v, rows_k, p->heads_k, batch, block_n, &map[2], error);
+  if (code == FA_OK) code = fa_map_view(p, &p->out, p->dim_v, rows_q, p->heads_q, batch, OUT_ROWS, &map[3], error);
   return code;
 }
 

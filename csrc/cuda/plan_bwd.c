@@ -6,6 +6,7 @@
 
 #include "../core/error.h"
 #include "kernels/args_bwd.h"
+#include "plan_bwd_sm90.h"
 #include "plan_bwd_wide.h"
 
 /* bwd_keys_sm80: a warp owns keys. bwd_sm80: warps share out each product of a tile anew, S and dP each among all of them or among half. */
@@ -47,8 +48,9 @@ typedef struct {
   int wants_keys, wants_rows; /* dk or dv; dq or dalibi */
   const key_tile *keys;
   const row_tile *rows;
-  int plain; /* 1: bwd_f64 */
-  int wide;  /* 1: bwd_keys_sm90 and bwd_rows_sm90, which are planned elsewhere */
+  int wide;                            /* 1: bwd_keys_sm90 and bwd_rows_sm90, which are planned elsewhere */
+  const fa_backward_tile_sm90 *hopper; /* instead of `keys` */
+  int plain;                           /* 1: bwd_f64 */
 } choice;
 
 static void note(fa_backward_plan *plan, const char *text) {
@@ -129,8 +131,13 @@ static choice choose(const fa_problem *p, const fa_device_limits *limits, fa_bac
   const char *reason = fa_plan_backward_wide(p, limits, plan);
   c.wide = !reason;
   if (c.wide) return c;
-  if (fa_max(p->dim_qk, p->dim_v) > 128 && limits->cc_major == 9) note(plan, reason);
+  int is_wide = fa_max(p->dim_qk, p->dim_v) > 128;
+  if (is_wide && limits->cc_major == 9) note(plan, reason);
   plan->adds_dq = !c.plain && p->grad.dq.data && !p->grad.dalibi.data && !p->deterministic && c.wants_keys;
+  if (c.wants_keys && !is_wide) {
+    c.hopper = fa_choose_backward_sm90(p, limits, c.aligned, &reason);
+    if (!c.hopper) note(plan, reason);
+  }
   if (p->dtype == FA_F64) note(plan, "float64 runs on CUDA cores, for gradient checks");
   if (c.plain && p->dtype != FA_F64) note(plan, "the tiles of these head dims do not fit this GPU's shared memory: runs on CUDA cores");
   if (!c.plain && !c.aligned)
@@ -167,6 +174,10 @@ static fa_planned_kernel *add_plain(const choice *c, fa_backward_plan *plan, int
 
 static void plan_keys(const choice *c, fa_backward_plan *plan) {
   const fa_problem *p = c->problem;
+  if (c->hopper) {
+    fa_plan_backward_sm90(p, c->hopper, plan);
+    return;
+  }
   const key_tile *t = c->keys;
   plan->block_m = c->plain ? PLAIN_TILE : t->block_m;
   plan->block_n = c->plain ? PLAIN_TILE : t->block_n;

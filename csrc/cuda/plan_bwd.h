@@ -7,7 +7,7 @@
 /* Launched in this order; `kernel` is NULL where it is not needed.
  *
  *     prep      bwd_prep                         delta, lse, empty dq_sum
- *     keys      bwd_keys_sm90, bwd_sm80, bwd_f64 dk, dv; dq_sum where dq is a sum of additions
+ *     keys      bwd_sm90, bwd_keys_sm90, portable dk, dv; dq_sum where dq is a sum of additions
  *     rows      bwd_rows_sm90, _sm80 or bwd_f64  dq without additions; each tile's share of dalibi
  *     finish    bwd_finish                       dq_sum -> dq
  *     bias      bwd_bias_sm80 or bwd_f64         dbias

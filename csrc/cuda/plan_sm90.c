@@ -122,7 +122,7 @@ static const tile_row *choose_row(const fa_problem *p, const fa_device_limits *l
 }
 
 /* The TMA counts strides in bytes, unsigned, below 2^40; broadcast (stride 0) dimensions are left to the portable kernel. */
-static int tma_can_read(const fa_view *view, int batch, int heads, int positions, int dim) {
+int fa_tma_can_read(const fa_view *view, int batch, int heads, int positions, int dim) {
   const int64_t limit = (int64_t)1 << 39, strides[] = {view->b, view->h, view->s};
   const int extents[] = {batch, heads, positions};
   for (int i = 0; i < 3; i++)
@@ -132,9 +132,9 @@ static int tma_can_read(const fa_view *view, int batch, int heads, int positions
 
 static int tma_can_read_all(const fa_problem *p) {
   int b = p->lengths.packed ? 1 : p->batch;
-  return tma_can_read(&p->q, b, p->heads_q, p->seqlen_q, p->dim_qk) && tma_can_read(&p->k, b, p->heads_k, p->seqlen_k, p->dim_qk) &&
-         tma_can_read(&p->v, b, p->heads_k, p->seqlen_k, p->dim_v) &&
-         (!p->out.data || tma_can_read(&p->out, b, p->heads_q, p->seqlen_q, p->dim_v));
+  return fa_tma_can_read(&p->q, b, p->heads_q, p->seqlen_q, p->dim_qk) && fa_tma_can_read(&p->k, b, p->heads_k, p->seqlen_k, p->dim_qk) &&
+         fa_tma_can_read(&p->v, b, p->heads_k, p->seqlen_k, p->dim_v) &&
+         (!p->out.data || fa_tma_can_read(&p->out, b, p->heads_q, p->seqlen_q, p->dim_v));
 }
 
 static const char *why_not(const fa_problem *p, const fa_device_limits *limits) {

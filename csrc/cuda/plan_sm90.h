@@ -19,9 +19,12 @@ int fa_plan_has_few_rows(const fa_forward_plan *plan);
 /* The order of tiles for a plan that fa_plan_forward_sm90 has filled; `next` is left NULL. */
 fa_schedule fa_schedule_sm90(const fa_problem *problem, const fa_forward_plan *plan);
 
-/* The tensor map of a view: (dim, position, head, batch) in boxes of 64 columns by `rows` positions. */
-fa_code fa_map_view(const fa_view *view, fa_dtype dtype, int dim, int64_t positions, int heads, int batch, int rows, fa_tensor_map *map,
-                    fa_error *error);
+/* 1 when the TMA can read the view: strides that it can count, none of them 0, rows contiguous and on 16 bytes. */
+int fa_tma_can_read(const fa_view *view, int batch, int heads, int positions, int dim);
+
+/* A tensor map (dim, position, head, batch) with boxes of 64 columns by `rows` positions, swizzled. */
+fa_code fa_map_view(const fa_problem *problem, const fa_view *view, int dim, int64_t positions, int heads, int batch, int rows,
+                    fa_tensor_map *map, fa_error *error);
 
 /* Launches such a plan. `workspace` has plan->workspace_bytes. */
 fa_code fa_launch_forward_sm90(const fa_problem *problem, const fa_forward_plan *plan, fa_forward_args *arguments, char *workspace,

@@ -222,8 +222,8 @@ fa_code fa_driver_memset(int index, void *pointer, unsigned char value, size_t b
   return FA_OK;
 }
 
-fa_code fa_driver_tensor_map(const fa_tensor_map_shape *shape, fa_tensor_map *map, fa_error *error) {
-  (void)error;
+fa_code fa_driver_tensor_map(int index, const fa_tensor_map_shape *shape, fa_tensor_map *map, fa_error *error) {
+  (void)index, (void)error;
   memcpy(map, shape, sizeof *shape); /* model_sm90.h reads it */
   return FA_OK;
 }

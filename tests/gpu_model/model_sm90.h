@@ -27,7 +27,7 @@ struct model_barrier {
   long bytes;
 };
 struct model_named {
-  int arrived, round;
+  int arrived, round, any, result;
 };
 static model_barrier model_barriers[64];
 static model_named model_named_barriers[16];
@@ -62,12 +62,17 @@ static inline int mbarrier_test_wait_parity(uint32_t bar, int parity) { return (
 
 static inline void model_named_arrive(int id, int threads) {
   model_named *b = &model_named_barriers[id];
-  if (++b->arrived == threads) b->arrived = 0, b->round++;
+  if (++b->arrived == threads) b->result = b->any, b->arrived = b->any = 0, b->round++;
 }
 static inline void bar_sync(int id, int threads) {
   int round = model_named_barriers[id].round;
   model_named_arrive(id, threads);
   while (model_named_barriers[id].round == round) model_wait_a_little("bar_sync");
+}
+static inline int bar_red_or(int id, int threads, int value) {
+  model_named_barriers[id].any |= value != 0;
+  bar_sync(id, threads);
+  return model_named_barriers[id].result;
 }
 static inline void bar_arrive(int id, int threads) { model_named_arrive(id, threads); }
 
@@ -119,6 +124,13 @@ static inline void cp_async_bulk_tensor_load(uint32_t dst, const fa_tma_map *map
 static inline void cp_async_bulk_tensor_load_5d(uint32_t dst, const fa_tma_map *map, uint32_t bar, int c0, int c1, int c2, int c3, int c4) {
   model_load(dst, map, bar, 5, c0, c1, c2, c3, c4);
 }
+static inline void cp_async_bulk_load(uint32_t dst, const void *src, int bytes, uint32_t bar) {
+  if (dst % 16 || (uintptr_t)src % 16 || bytes % 16) abort();
+  memcpy(shared + dst, src, (size_t)bytes);
+  model_barrier *b = model_barrier_at(bar);
+  b->bytes -= bytes;
+  model_barrier_check(b);
+}
 static inline void prefetch_tensormap(const fa_tma_map *) {}
 static inline void cp_async_bulk_prefetch_tensor(const fa_tma_map *, int, int, int, int) {}
 static inline void cp_async_bulk_tensor_store(const fa_tma_map *map, uint32_t src, int c0, int c1, int c2, int c3) {
@@ -129,12 +141,6 @@ static inline void cp_async_bulk_tensor_store(const fa_tma_map *map, uint32_t sr
       char *to = model_element(m, c, (int)column, (int)row);
       if (to) memcpy(to, shared + model_swizzle(src + row * 128 + column * 2), 2);
     }
-}
-static inline void cp_async_bulk_load(uint32_t dst, const void *src, int bytes, uint32_t bar) {
-  if (dst % 16 || (uintptr_t)src % 16 || bytes % 16) abort();
-  memcpy(shared + dst, src, (size_t)bytes);
-  model_barrier_at(bar)->bytes -= bytes;
-  model_barrier_check(model_barrier_at(bar));
 }
 static inline void cp_async_bulk_commit_group() {}
 static inline void cp_async_bulk_wait_group_read() {}

@@ -28,7 +28,7 @@
  * reads.
  *
  * What it takes, for bf16, equal dims, compiled by NVRTC 13.0:
- *   sm_90a  HEAD_DIM=64   255 registers  99456 bytes
+ *   sm_100  HEAD_DIM=64   255 registers  99456 bytes
  *
  * Constants: DTYPE, HEAD_DIM and DIM_V (padded to 32), BLOCK_M, BLOCK_N, WARPS, DQ_WARPS, CTAS (on an SM), ADD_DQ (0: dQ is left to
  * bwd_rows_sm80.cu or not wanted). Rows must be aligned; score changes and dropout are left to bwd_sm80.cu.

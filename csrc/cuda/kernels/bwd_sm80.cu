@@ -35,7 +35,7 @@
  * What it takes, for bf16, equal dims, no feature of its own, compiled by NVRTC 13.0:
  *   sm_80   HEAD_DIM=64   255 registers  166016 bytes
  *   sm_80   HEAD_DIM=128  255 registers  164992 bytes
- *   sm_90a  HEAD_DIM=128  255 registers  231040 bytes
+ *   sm_100  HEAD_DIM=128  255 registers  231040 bytes
  *   sm_100  HEAD_DIM=192  255 registers  231040 bytes
  *   sm_100  HEAD_DIM=256  255 registers  230528 bytes
  *

@@ -29,21 +29,23 @@ FA_INLINE int fa_slack_keys(const fa_arg_problem *p, int n0, fa_tile *tile) {
   return start + n0 < p->total_k;
 }
 
-/* The tile of keys of this CTA: m0 counts keys, h is a key head. The grid counts, from the fastest: tile, key head, batch entry; when
- * packed the tiles of all sequences come in one row. The first tile comes first: under a causal mask it is the longest. */
-FA_INLINE int fa_find_key_tile(const fa_arg_problem *p, int tiles, int keys, fa_tile *tile) {
-  unsigned left = blockIdx.x / (unsigned)tiles;
-  int index = (int)(blockIdx.x % (unsigned)tiles), count = tiles;
+/* Key tile `index` of a sequence, or when packed of all sequences in one row: m0 counts keys, h is a key head. Returns 0 when there is no such tile. */
+FA_INLINE int fa_key_tile_at(const fa_arg_problem *p, int keys, int b, int h, int index, fa_tile *tile) {
+  int count;
   tile->split = 0;
-  tile->h = (int)(left % (unsigned)p->heads_k);
-  tile->b = (int)(left / (unsigned)p->heads_k);
+  tile->h = h;
+  tile->b = b;
+  if (p->packed && !fa_find_sequence(p->cu_k, p->batch, keys, index, &tile->b, &index, &count)) return fa_slack_keys(p, index * keys, tile);
   tile->m0 = index * keys;
-  if (p->packed) {
-    if (!fa_find_sequence(p->cu_k, p->batch, keys, index, &tile->b, &index, &count)) return fa_slack_keys(p, index * keys, tile);
-    tile->m0 = index * keys;
-  }
   fa_read_lengths(p, tile);
   return tile->m0 < tile->slot_k;
+}
+
+/* The tile of this CTA. The grid counts, from the fastest: tile, key head, batch entry. The first tile comes first: under a causal mask it is the
+ * longest. */
+FA_INLINE int fa_find_key_tile(const fa_arg_problem *p, int tiles, int keys, fa_tile *tile) {
+  unsigned left = blockIdx.x / (unsigned)tiles, heads = (unsigned)p->heads_k;
+  return fa_key_tile_at(p, keys, (int)(left / heads), (int)(left % heads), (int)(blockIdx.x % (unsigned)tiles), tile);
 }
 
 /* False when the block mask rules out the whole tile. Tiles never straddle two blocks: the plan sees to it. */

@@ -50,6 +50,22 @@ FA_INLINE int mbarrier_test_wait_parity(uint32_t bar_smem, int parity) {
 
 FA_INLINE void bar_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
+/* The same as bar_sync, and 1 in every thread when `value` is not 0 in some thread. */
+FA_INLINE int bar_red_or(int id, int threads, int value) {
+  int any;
+  asm volatile(
+      "{\n"
+      ".reg .pred mine, all;\n"
+      "setp.ne.b32 mine, %3, 0;\n"
+      "bar.red.or.pred all, %1, %2, mine;\n"
+      "selp.b32 %0, 1, 0, all;\n"
+      "}"
+      : "=r"(any)
+      : "r"(id), "r"(threads), "r"(value)
+      : "memory");
+  return any;
+}
+
 /* ---- TMA: boxes of a tensor of rank 4 from global to shared memory ---- */
 
 typedef struct {
@@ -75,22 +91,23 @@ FA_INLINE void cp_async_bulk_tensor_load_5d(uint32_t dst_smem, const fa_tma_map 
       : "memory");
 }
 
+/* A run of global memory: both addresses and the size are multiples of 16 bytes. */
+FA_INLINE void cp_async_bulk_load(uint32_t dst_smem, const void *src_gmem, int bytes, uint32_t bar_smem) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst_smem), "l"(src_gmem),
+               "r"(bytes), "r"(bar_smem)
+               : "memory");
+}
+
 /* A box from shared to global memory, on behalf of the thread that asks; what leaves the tensor is not written. */
 FA_INLINE void cp_async_bulk_tensor_store(const fa_tma_map *map, uint32_t src_smem, int c0, int c1, int c2, int c3) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map), "r"(src_smem), "r"(c0),
                "r"(c1), "r"(c2), "r"(c3)
                : "memory");
 }
+
 /* The box that a load with the same coordinates would bring, into the L2 cache alone. */
 FA_INLINE void cp_async_bulk_prefetch_tensor(const fa_tma_map *map, int c0, int c1, int c2, int c3) {
   asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
-               : "memory");
-}
-
-/* `bytes` from global to shared memory, all three multiples of 16. */
-FA_INLINE void cp_async_bulk_load(uint32_t dst_smem, const void *src_gmem, int bytes, uint32_t bar_smem) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst_smem), "l"(src_gmem),
-               "r"(bytes), "r"(bar_smem)
                : "memory");
 }
 

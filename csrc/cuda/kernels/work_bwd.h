@@ -29,19 +29,23 @@ typedef struct {
   int first_head, heads_end; /* the query heads of the group */
 } fa_key_work;
 
-FA_INLINE int fa_find_key_work(const fa_gradient_args *args, fa_key_work *work) {
-  const fa_arg_problem *p = &args->problem;
-  fa_tile tile;
-  if (!fa_find_key_tile(p, args->key_tiles, BLOCK_N, &tile)) return 0;
-  fa_range rows = fa_visiting_rows(p->rule, tile.len_q, tile.len_k, tile.m0, fa_min(tile.m0 + BLOCK_N, tile.len_k));
+/* Thread 0 writes it, all threads may read it afterwards. */
+FA_INLINE void fa_share_key_work(const fa_arg_problem *p, const fa_tile *tile, fa_key_work *work) {
+  fa_range rows = fa_visiting_rows(p->rule, tile->len_q, tile->len_k, tile->m0, fa_min(tile->m0 + BLOCK_N, tile->len_k));
   if (threadIdx.x == 0) {
-    work->tile = tile;
+    work->tile = *tile;
     work->rows.lo = rows.lo / BLOCK_M * BLOCK_M;
-    work->rows.hi = tile.m0 < tile.len_k ? rows.hi : 0;
-    work->first_head = tile.h * p->group;
+    work->rows.hi = tile->m0 < tile->len_k ? rows.hi : 0;
+    work->first_head = tile->h * p->group;
     work->heads_end = work->first_head + p->group;
   }
-  __syncthreads(); /* all threads read what the first has written */
+  __syncthreads();
+}
+
+FA_INLINE int fa_find_key_work(const fa_gradient_args *args, fa_key_work *work) {
+  fa_tile tile;
+  if (!fa_find_key_tile(&args->problem, args->key_tiles, BLOCK_N, &tile)) return 0;
+  fa_share_key_work(&args->problem, &tile, work);
   return 1;
 }
 
