@@ -105,8 +105,10 @@ def test_backward_uses_the_mask_of_forward(device: str) -> None:
 
 
 def test_lse_is_that_without_dropout(device: str) -> None:
+    """But for its last bits: without dropout there may be other tiles."""
     call = call_of(device)
-    assert torch.equal(binding.forward(call)[1], binding.forward({**call, "dropout_p": 0.0})[1])
+    with_dropout, without = binding.forward(call)[1], binding.forward({**call, "dropout_p": 0.0})[1]
+    assert torch.allclose(with_dropout, without, rtol=0, atol=1e-6 * float(without.abs().max()))
 
 
 def test_p_near_the_ends(device: str) -> None:

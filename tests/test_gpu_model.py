@@ -206,10 +206,16 @@ def almost(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.allclose(a.float(), b.float(), rtol=0.01, atol=0.01)
 
 
-# The kernels for wide heads compute a row again that is not finite, so it may differ in its last bit.
+# Hopper's kernels take other products where a tile holds such data, so a last bit may differ.
 @pytest.mark.parametrize(
     "gpu, dim, deterministic, equal",
-    [(A100, 64, False, torch.equal), (A100, 64, True, torch.equal), (H200, 64, False, torch.equal), (H200, 128, False, torch.equal), (H200, 256, False, almost)],
+    [
+        (A100, 64, False, torch.equal),
+        (A100, 64, True, torch.equal),
+        (H200, 64, False, almost),
+        (H200, 128, False, almost),
+        (H200, 256, False, almost),
+    ],
     ids=name_of,
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -22,7 +22,7 @@ static int chunks(int dim) { return (dim + CHUNK - 1) / CHUNK; }
 /* As laid out at the head of bwd_sm90.cu. */
 static int smem_of(const fa_backward_tile_sm90 *t, int adds_dq) {
   int columns = chunks(t->dim_qk) + chunks(t->dim_v);
-  int rows = (t->block_n + t->stages * t->block_m) * columns + (adds_dq ? 2 * t->block_n * t->block_m / CHUNK : 0);
+  int rows = (t->block_n + t->stages * t->block_m) * columns + ((adds_dq ? 2 : 0) + 1) * t->block_n * t->block_m / CHUNK;
   return rows * 128 + t->stages * 2 * t->block_m * 4 + t->block_n * 4 + WORK_BYTES + (6 + 3 * t->stages) * 8;
 }
 

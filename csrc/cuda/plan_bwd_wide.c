@@ -62,6 +62,7 @@ static const char *why_not(const fa_problem *p, const fa_device_limits *limits) 
   if (p->dtype != FA_F16 && p->dtype != FA_BF16) return "bwd_keys_sm90: q is neither float16 nor bfloat16";
   if (fa_max(p->dim_qk, p->dim_v) < LEAST_DIM) return "bwd_keys_sm90: the head dims are not above 128";
   if (p->seqlen_q == 0 || p->seqlen_k == 0 || p->batch == 0) return "bwd_keys_sm90: there is nothing to multiply";
+  if (p->seqlen_k < ROWS) return "bwd_keys_sm90: fewer keys than one of its tiles has"; /* and weights of few keys want more than 16 bits */
   if (p->score.softcap > 0 || p->score.bias.data || p->score.alibi.data || p->visibility.mask.data)
     return "bwd_keys_sm90: has no softcap, bias, mask or alibi_slopes";
   if (p->dropout.p > 0) return "bwd_keys_sm90: has no dropout";

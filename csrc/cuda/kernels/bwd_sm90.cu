@@ -22,6 +22,7 @@
  *   K        BLOCK_N * 128 * chunks of HEAD_DIM            V    BLOCK_N * 128 * chunks of DIM_V
  *   Q        STAGES * BLOCK_M * 128 * chunks of HEAD_DIM   dO   STAGES * BLOCK_M * 128 * chunks of DIM_V
  *   dS       2 * BLOCK_N * BLOCK_M * 2, a row for each key (ADD_DQ)
+ *   what P of a masked tile loses in 16 bits   BLOCK_N * BLOCK_M * 2, 16 bytes of each thread at a time
  *   lse, delta of a query tile   STAGES * 2 * BLOCK_M * 4
  *   key flags    BLOCK_N * 4: what is added to the scores of a key: 0, or NaN where K is not finite
  *   steps        8 * 16: what is to be done with a query tile
@@ -35,9 +36,9 @@
  * Inputs: rows contiguous, strides multiples of 16 bytes, dims multiples of 8 up to HEAD_DIM, DIM_V (the TMA fills the rest with zeros).
  *
  * What it takes, for bf16, equal dims, compiled by NVRTC 13.0:
- *   sm_90a  HEAD_DIM=64   128 registers  166752 bytes
- *   sm_90a  HEAD_DIM=96   128 registers  199032 bytes
- *   sm_90a  HEAD_DIM=128  128 registers  199032 bytes
+ *   sm_90a  HEAD_DIM=64   128 registers  199520 bytes
+ *   sm_90a  HEAD_DIM=96   128 registers  215416 bytes
+ *   sm_90a  HEAD_DIM=128  128 registers  215416 bytes
  *
  * Constants: DTYPE, HEAD_DIM, DIM_V (64, 96 or 128), BLOCK_M, BLOCK_N, STAGES of Q and dO, ADD_DQ (0: dQ is left to bwd_rows_sm80.cu or not wanted).
  */
@@ -69,7 +70,9 @@
 #define Q_OFFSET (V_OFFSET + V_CHUNKS * K_CHUNK_BYTES)
 #define DOUT_OFFSET (Q_OFFSET + STAGES * QK_CHUNKS * Q_CHUNK_BYTES)
 #define DS_OFFSET (DOUT_OFFSET + STAGES * V_CHUNKS * Q_CHUNK_BYTES)
-#define STATISTICS_OFFSET (DS_OFFSET + (ADD_DQ ? 2 * M_CHUNKS * K_CHUNK_BYTES : 0))
+#define REST_OFFSET (DS_OFFSET + (ADD_DQ ? 2 * M_CHUNKS * K_CHUNK_BYTES : 0))
+#define REST_BYTES (BLOCK_N * BLOCK_M * 2)
+#define STATISTICS_OFFSET (REST_OFFSET + REST_BYTES)
 #define FLAGS_OFFSET (STATISTICS_OFFSET + STAGES * STATISTICS_BYTES)
 #define WORK_OFFSET (FLAGS_OFFSET + BLOCK_N * 4)
 #define STEPS_OFFSET (WORK_OFFSET + 128)
@@ -114,7 +117,7 @@ FA_INLINE void init_barriers(uint32_t smem) {
   for (int i = 0; i < STAGES; i++) {
     mbarrier_init(q_full(smem, i), 1);
     mbarrier_init(dout_full(smem, i), 1);
-    mbarrier_init(empty(smem, i), KEY_WARPGROUPS);
+    mbarrier_init(empty(smem, i), 4 * KEY_WARPGROUPS);
   }
   fence_mbarrier_init();
 }
@@ -171,7 +174,7 @@ FA_INLINE void produce(const fa_gradient_args *args, const fa_key_work *work, co
     int over = at.h == work->heads_end;
     if (laneid() == 0) {
       uint32_t step[4] = {OVER * 0x101, (uint32_t)at.m0, 0, 0};
-      mbarrier_wait_parity(empty(smem, ring), parity(ring, STAGES) ^ 1); /* both warpgroups have multiplied with what lay there */
+      mbarrier_wait_parity(empty(smem, ring), parity(ring, STAGES) ^ 1); /* every key warp has done with what lay there */
       if (over) {
         st_shared_v4(step_smem(smem, ring), step);
         mbarrier_arrive(q_full(smem, ring));
@@ -249,36 +252,46 @@ FA_INLINE void issue_dk(float dk[DK_FRAGS][4], const uint32_t ds[2 * S_FRAGS], u
 /* Where the lane's pair of queries of the first fragment has its lse; BLOCK_M floats on, its delta. Computed anew each time, for registers. */
 FA_INLINE uint32_t own_statistics(uint32_t statistics_smem) { return statistics_smem + 8 * (laneid() & 3); }
 
-/* P in 16 bits, from S. A lane has two queries of each fragment of 8. */
-FA_INLINE void weigh(uint32_t p[2 * S_FRAGS], const float s[S_FRAGS][4], float scale_log2, uint32_t statistics_smem) {
-  uint32_t own_smem = own_statistics(statistics_smem);
+FA_INLINE float low_of(uint32_t pair) { return DTYPE == FA_ARG_BF16 ? __uint_as_float(pair << 16) : cvt_f32_f16((uint16_t)pair); }
+FA_INLINE float high_of(uint32_t pair) {
+  return DTYPE == FA_ARG_BF16 ? __uint_as_float(pair & 0xFFFF0000u) : cvt_f32_f16((uint16_t)(pair >> 16));
+}
+
+/* P in 16 bits, from S. A lane has two queries of each fragment of 8. With `rest_smem` what the weights lose is kept there: where a query has few keys
+ * there is nothing for their errors to cancel with in dS. */
+FA_INLINE void weigh(uint32_t p[2 * S_FRAGS], const float s[S_FRAGS][4], float scale_log2, uint32_t statistics_smem, uint32_t rest_smem) {
+  uint32_t own_smem = own_statistics(statistics_smem), rest[4];
 #pragma unroll
   for (int n = 0; n < S_FRAGS; n++) {
     float lse[2], x[4];
     ld_shared_v2_f32(lse, own_smem + 32 * n);
 #pragma unroll
     for (int e = 0; e < 4; e++) x[e] = ex2_approx(__fmaf_rn(s[n][e], scale_log2, -lse[e & 1]));
-    p[2 * n] = fa_pack(x[0], x[1]);
-    p[2 * n + 1] = fa_pack(x[2], x[3]);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      uint32_t pair = fa_pack(x[2 * r], x[2 * r + 1]);
+      p[2 * n + r] = pair;
+      if (rest_smem) rest[2 * (n % 2) + r] = fa_pack(x[2 * r] - low_of(pair), x[2 * r + 1] - high_of(pair));
+    }
+    if (rest_smem && n % 2) st_shared_v4(rest_smem + n / 2 * (128 * 16), rest);
   }
 }
 
-FA_INLINE float low_of(uint32_t pair) { return DTYPE == FA_ARG_BF16 ? __uint_as_float(pair << 16) : cvt_f32_f16((uint16_t)pair); }
-FA_INLINE float high_of(uint32_t pair) {
-  return DTYPE == FA_ARG_BF16 ? __uint_as_float(pair & 0xFFFF0000u) : cvt_f32_f16((uint16_t)(pair >> 16));
-}
-
 /* dS in 16 bits, from P and dP. */
-FA_INLINE void differentiate(uint32_t ds[2 * S_FRAGS], const uint32_t p[2 * S_FRAGS], const float dp[S_FRAGS][4],
-                             uint32_t statistics_smem) {
-  uint32_t own_smem = own_statistics(statistics_smem) + BLOCK_M * 4;
+FA_INLINE void differentiate(uint32_t ds[2 * S_FRAGS], const uint32_t p[2 * S_FRAGS], const float dp[S_FRAGS][4], uint32_t statistics_smem,
+                             uint32_t rest_smem) {
+  uint32_t own_smem = own_statistics(statistics_smem) + BLOCK_M * 4, rest[4] = {0};
 #pragma unroll
   for (int n = 0; n < S_FRAGS; n++) {
     float delta[2];
     ld_shared_v2_f32(delta, own_smem + 32 * n);
+    if (rest_smem && n % 2 == 0) ld_shared_v4(rest, rest_smem + n / 2 * (128 * 16));
 #pragma unroll
-    for (int r = 0; r < 2; r++)
-      ds[2 * n + r] = fa_pack(low_of(p[2 * n + r]) * (dp[n][2 * r] - delta[0]), high_of(p[2 * n + r]) * (dp[n][2 * r + 1] - delta[1]));
+    for (int r = 0; r < 2; r++) {
+      float low = low_of(p[2 * n + r]), high = high_of(p[2 * n + r]);
+      if (rest_smem) low += low_of(rest[2 * (n % 2) + r]), high += high_of(rest[2 * (n % 2) + r]);
+      ds[2 * n + r] = fa_pack(low * (dp[n][2 * r] - delta[0]), high * (dp[n][2 * r + 1] - delta[1]));
+    }
   }
 }
 
@@ -303,8 +316,10 @@ FA_INLINE void send_ds(const place *me, const uint32_t ds[2 * S_FRAGS], int ring
   pass_ds(me, ring);
 }
 
+/* This warp has done with Q, dO, lse and delta: its products have retired. */
 FA_INLINE void release(const place *me, int ring) {
-  if (is_leader()) mbarrier_arrive(empty(me->smem, ring)); /* the products have retired for the whole warpgroup */
+  __syncwarp();
+  if (laneid() == 0) mbarrier_arrive(empty(me->smem, ring));
 }
 
 /* dK += dS Q, and the end of what is in the background. */
@@ -324,13 +339,13 @@ FA_INLINE void full_step(const place *me, warp_sums *sums, int ring) {
   issue_scores(s, me->smem + own, q_smem(me->smem, ring), HEAD_DIM);
   wgmma_wait_group(0);
   wgmma_hold(&s[0][0], 4 * S_FRAGS);
-  weigh(p, s, me->scale_log2, statistics);
+  weigh(p, s, me->scale_log2, statistics, 0);
   mbarrier_wait_parity(dout_full(me->smem, ring), parity(ring, STAGES));
   issue_scores(dp, me->smem + V_OFFSET + own, dout, DIM_V);
   issue_dv(sums->dv, p, dout);
   wgmma_wait_group(1);
   wgmma_hold(&dp[0][0], 4 * S_FRAGS);
-  differentiate(ds, p, dp, statistics);
+  differentiate(ds, p, dp, statistics, 0);
   send_ds(me, ds, ring);
   end_step(me, sums, ds, ring);
 }
@@ -394,7 +409,6 @@ FA_INLINE void unseen_step(const place *me, int ring) {
   for (int i = 0; i < 2 * S_FRAGS; i++) ds[i] = 0;
   send_ds(me, ds, ring);
   mbarrier_wait_parity(dout_full(me->smem, ring), parity(ring, STAGES));
-  bar_sync(WARPGROUP_BARRIER + warpgroup(me), 128); /* every warp has seen the tile land */
   release(me, ring);
 }
 
@@ -403,13 +417,14 @@ FA_INLINE void masked_step(const place *me, warp_sums *sums, int m0, int ring) {
   float s[S_FRAGS][4], dp[S_FRAGS][4];
   uint32_t p[2 * S_FRAGS], ds[2 * S_FRAGS];
   uint32_t own = 64 * 128 * warpgroup(me), q = q_smem(me->smem, ring), dout = dout_smem(me->smem, ring),
-           statistics = lse_smem(me->smem, ring);
+           statistics = lse_smem(me->smem, ring),
+           rest = me->smem + REST_OFFSET + warpgroup(me) * (REST_BYTES / KEY_WARPGROUPS) + threadIdx.x % 128 * 16;
   issue_scores(s, me->smem + own, q, HEAD_DIM);
   wgmma_wait_group(0);
   wgmma_hold(&s[0][0], 4 * S_FRAGS);
   int nonfinite = fa_has_nonfinite(s, S_FRAGS);
   spoil_flagged(me, s);
-  weigh(p, s, me->scale_log2, statistics);
+  weigh(p, s, me->scale_log2, statistics, rest);
   hide_invisible(me, p, m0);
   mbarrier_wait_parity(dout_full(me->smem, ring), parity(ring, STAGES));
   issue_scores(dp, me->smem + V_OFFSET + own, dout, DIM_V);
@@ -417,13 +432,12 @@ FA_INLINE void masked_step(const place *me, warp_sums *sums, int m0, int ring) {
   wgmma_hold(&dp[0][0], 4 * S_FRAGS);
   nonfinite |= fa_has_nonfinite(dp, S_FRAGS);
   nonfinite = bar_red_or(WARPGROUP_BARRIER + warpgroup(me), 128, nonfinite);
-  differentiate(ds, p, dp, statistics);
+  differentiate(ds, p, dp, statistics, rest);
   hide_invisible(me, ds, m0);
   send_ds(me, ds, ring);
   if (nonfinite) {
     exact_product(sums->dv, DIM_V, p, dout, 1);
     exact_product(sums->dk, HEAD_DIM, ds, q, 0);
-    bar_sync(WARPGROUP_BARRIER + warpgroup(me), 128); /* every warp has read Q and dO */
     release(me, ring);
   } else {
     issue_dv(sums->dv, p, dout);
