@@ -216,7 +216,7 @@ FA_INLINE void wgmma_hold(float *d, int count) {
 #endif
 
 /* Defines a function that multiplies with both operands in shared memory, or with a in registers. transpose_a, transpose_b: 1 when rows of
- * shared memory run along M, N instead of along K. n: a row of the table below. */
+ * shared memory run along M, N instead of along K. n: a row of wgmma_shapes.h. */
 #define DEFINE_WGMMA_SS(name, n, transpose_a, transpose_b) WGMMA_SHAPE(n)(WGMMA_SS, name, transpose_a, transpose_b)
 #define DEFINE_WGMMA_RS(name, n, transpose_b) WGMMA_SHAPE(n)(WGMMA_RS, name, transpose_b)
 
@@ -240,57 +240,6 @@ FA_INLINE void wgmma_hold(float *d, int count) {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                                           \
   }
 
-/* The table: N, the names and registers of N / 2 accumulators, and the numbers of the operands that follow them. */
-#define WGMMA_SHAPE(n) WGMMA_SHAPE_OF(n)
-#define WGMMA_SHAPE_OF(n) WGMMA_SHAPE_##n
-#define WGMMA_EIGHT_NAMES(a, b, c, d, e, f, g, h) "%" #a ", %" #b ", %" #c ", %" #d ", %" #e ", %" #f ", %" #g ", %" #h
-#define WGMMA_EIGHT_REGISTERS(d, i) \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-
-#define WGMMA_NAMES_8 WGMMA_EIGHT_NAMES(0, 1, 2, 3, 4, 5, 6, 7)
-#define WGMMA_NAMES_16 WGMMA_NAMES_8 ", " WGMMA_EIGHT_NAMES(8, 9, 10, 11, 12, 13, 14, 15)
-#define WGMMA_NAMES_24 WGMMA_NAMES_16 ", " WGMMA_EIGHT_NAMES(16, 17, 18, 19, 20, 21, 22, 23)
-#define WGMMA_NAMES_32 WGMMA_NAMES_24 ", " WGMMA_EIGHT_NAMES(24, 25, 26, 27, 28, 29, 30, 31)
-#define WGMMA_NAMES_40 WGMMA_NAMES_32 ", " WGMMA_EIGHT_NAMES(32, 33, 34, 35, 36, 37, 38, 39)
-#define WGMMA_NAMES_48 WGMMA_NAMES_40 ", " WGMMA_EIGHT_NAMES(40, 41, 42, 43, 44, 45, 46, 47)
-#define WGMMA_NAMES_56 WGMMA_NAMES_48 ", " WGMMA_EIGHT_NAMES(48, 49, 50, 51, 52, 53, 54, 55)
-#define WGMMA_NAMES_64 WGMMA_NAMES_56 ", " WGMMA_EIGHT_NAMES(56, 57, 58, 59, 60, 61, 62, 63)
-#define WGMMA_NAMES_72 WGMMA_NAMES_64 ", " WGMMA_EIGHT_NAMES(64, 65, 66, 67, 68, 69, 70, 71)
-#define WGMMA_NAMES_80 WGMMA_NAMES_72 ", " WGMMA_EIGHT_NAMES(72, 73, 74, 75, 76, 77, 78, 79)
-#define WGMMA_NAMES_88 WGMMA_NAMES_80 ", " WGMMA_EIGHT_NAMES(80, 81, 82, 83, 84, 85, 86, 87)
-#define WGMMA_NAMES_96 WGMMA_NAMES_88 ", " WGMMA_EIGHT_NAMES(88, 89, 90, 91, 92, 93, 94, 95)
-#define WGMMA_NAMES_104 WGMMA_NAMES_96 ", " WGMMA_EIGHT_NAMES(96, 97, 98, 99, 100, 101, 102, 103)
-#define WGMMA_NAMES_112 WGMMA_NAMES_104 ", " WGMMA_EIGHT_NAMES(104, 105, 106, 107, 108, 109, 110, 111)
-#define WGMMA_NAMES_120 WGMMA_NAMES_112 ", " WGMMA_EIGHT_NAMES(112, 113, 114, 115, 116, 117, 118, 119)
-#define WGMMA_NAMES_128 WGMMA_NAMES_120 ", " WGMMA_EIGHT_NAMES(120, 121, 122, 123, 124, 125, 126, 127)
-
-#define WGMMA_REGISTERS_8(d) WGMMA_EIGHT_REGISTERS(d, 0)
-#define WGMMA_REGISTERS_16(d) WGMMA_REGISTERS_8(d), WGMMA_EIGHT_REGISTERS(d, 8)
-#define WGMMA_REGISTERS_24(d) WGMMA_REGISTERS_16(d), WGMMA_EIGHT_REGISTERS(d, 16)
-#define WGMMA_REGISTERS_32(d) WGMMA_REGISTERS_24(d), WGMMA_EIGHT_REGISTERS(d, 24)
-#define WGMMA_REGISTERS_40(d) WGMMA_REGISTERS_32(d), WGMMA_EIGHT_REGISTERS(d, 32)
-#define WGMMA_REGISTERS_48(d) WGMMA_REGISTERS_40(d), WGMMA_EIGHT_REGISTERS(d, 40)
-#define WGMMA_REGISTERS_56(d) WGMMA_REGISTERS_48(d), WGMMA_EIGHT_REGISTERS(d, 48)
-#define WGMMA_REGISTERS_64(d) WGMMA_REGISTERS_56(d), WGMMA_EIGHT_REGISTERS(d, 56)
-#define WGMMA_REGISTERS_72(d) WGMMA_REGISTERS_64(d), WGMMA_EIGHT_REGISTERS(d, 64)
-#define WGMMA_REGISTERS_80(d) WGMMA_REGISTERS_72(d), WGMMA_EIGHT_REGISTERS(d, 72)
-#define WGMMA_REGISTERS_88(d) WGMMA_REGISTERS_80(d), WGMMA_EIGHT_REGISTERS(d, 80)
-#define WGMMA_REGISTERS_96(d) WGMMA_REGISTERS_88(d), WGMMA_EIGHT_REGISTERS(d, 88)
-#define WGMMA_REGISTERS_104(d) WGMMA_REGISTERS_96(d), WGMMA_EIGHT_REGISTERS(d, 96)
-#define WGMMA_REGISTERS_112(d) WGMMA_REGISTERS_104(d), WGMMA_EIGHT_REGISTERS(d, 104)
-#define WGMMA_REGISTERS_120(d) WGMMA_REGISTERS_112(d), WGMMA_EIGHT_REGISTERS(d, 112)
-#define WGMMA_REGISTERS_128(d) WGMMA_REGISTERS_120(d), WGMMA_EIGHT_REGISTERS(d, 120)
-
-#define WGMMA_SHAPE_32(FORM, ...) FORM(32, WGMMA_NAMES_16, WGMMA_REGISTERS_16, 16, 17, 18, 19, 20, 21, __VA_ARGS__)
-#define WGMMA_SHAPE_64(FORM, ...) FORM(64, WGMMA_NAMES_32, WGMMA_REGISTERS_32, 32, 33, 34, 35, 36, 37, __VA_ARGS__)
-#define WGMMA_SHAPE_80(FORM, ...) FORM(80, WGMMA_NAMES_40, WGMMA_REGISTERS_40, 40, 41, 42, 43, 44, 45, __VA_ARGS__)
-#define WGMMA_SHAPE_96(FORM, ...) FORM(96, WGMMA_NAMES_48, WGMMA_REGISTERS_48, 48, 49, 50, 51, 52, 53, __VA_ARGS__)
-#define WGMMA_SHAPE_112(FORM, ...) FORM(112, WGMMA_NAMES_56, WGMMA_REGISTERS_56, 56, 57, 58, 59, 60, 61, __VA_ARGS__)
-#define WGMMA_SHAPE_128(FORM, ...) FORM(128, WGMMA_NAMES_64, WGMMA_REGISTERS_64, 64, 65, 66, 67, 68, 69, __VA_ARGS__)
-#define WGMMA_SHAPE_144(FORM, ...) FORM(144, WGMMA_NAMES_72, WGMMA_REGISTERS_72, 72, 73, 74, 75, 76, 77, __VA_ARGS__)
-#define WGMMA_SHAPE_160(FORM, ...) FORM(160, WGMMA_NAMES_80, WGMMA_REGISTERS_80, 80, 81, 82, 83, 84, 85, __VA_ARGS__)
-#define WGMMA_SHAPE_176(FORM, ...) FORM(176, WGMMA_NAMES_88, WGMMA_REGISTERS_88, 88, 89, 90, 91, 92, 93, __VA_ARGS__)
-#define WGMMA_SHAPE_192(FORM, ...) FORM(192, WGMMA_NAMES_96, WGMMA_REGISTERS_96, 96, 97, 98, 99, 100, 101, __VA_ARGS__)
-#define WGMMA_SHAPE_256(FORM, ...) FORM(256, WGMMA_NAMES_128, WGMMA_REGISTERS_128, 128, 129, 130, 131, 132, 133, __VA_ARGS__)
+#include "wgmma_shapes.h"
 
 #endif
