@@ -93,7 +93,13 @@ def test_wide_heads_have_hopper_kernels(plan) -> None:
         assert kernels(found) == WIDE and found["deterministic"] and not found["notes"], words
     assert kernels(plan("H200", dim_qk=256, dq=0)) == WIDE[:2]
     assert kernels(plan("H200", dim_qk=256, dk=0, dv=0)) == [WIDE[0], WIDE[2]]
-    refused = {"no dropout": {"dropout_percent": 9}, "softcap": {"softcap": 9}, "block_mask": {"block": 64}, "float16": {"dtype": F32}}
+    refused = {
+        "no dropout": {"dropout_percent": 9},
+        "softcap": {"softcap": 9},
+        "block_mask": {"block": 64},
+        "float16": {"dtype": F32},
+        "fewer keys": {"seqlen_k": 63},
+    }
     for reason, words in refused.items():
         found = plan("H200", dim_qk=256, **words)
         assert found["kernel"] == "bwd_sm80" and any(reason in note for note in found["notes"]), words

@@ -105,10 +105,10 @@ def test_backward_uses_the_mask_of_forward(device: str) -> None:
 
 
 def test_lse_is_that_without_dropout(device: str) -> None:
-    """But for its last bits: without dropout there may be other tiles."""
+    """But for its last bits on a GPU: without dropout there may be other tiles."""
     call = call_of(device)
     with_dropout, without = binding.forward(call)[1], binding.forward({**call, "dropout_p": 0.0})[1]
-    assert torch.allclose(with_dropout, without, rtol=0, atol=1e-6 * float(without.abs().max()))
+    assert torch.allclose(with_dropout, without, rtol=0, atol=0 if device == "cpu" else 1e-6 * float(without.abs().max()))
 
 
 def test_p_near_the_ends(device: str) -> None:

@@ -11,7 +11,7 @@ import torch
 import binding
 import gpu_model
 import reference
-from cases import Case, build
+from cases import CASES, Case, build
 
 pytestmark = pytest.mark.skipif(not gpu_model.available, reason="no C++ compiler to build the kernels with")
 
@@ -65,6 +65,9 @@ BACKWARD = [
     (H200, Case("causal", dtype="bfloat16", dim_qk=96, dim_v=40, causal=True, deterministic=True, **SHAPE)),
     (H200, Case("top_left", dtype="float16", dim_qk=40, dim_v=128, causal="top_left", sinks=True, **SHAPE)),
     (H200, Case("packed", dtype="float16", dim_qk=128, **PACKED)),
+    # Few keys to a query: nothing for the errors of weights to cancel with.
+    *((H200, case) for case in CASES if str(case) == "1x2-causal-float16"),
+    (H200, Case("two_keys", dtype="float16", dim_qk=256, batch=1, seqlen_q=1, seqlen_k=2)),
     (B200, Case("causal", dtype="float16", dim_qk=64, causal=True, **SHAPE)),  # a warp owns keys
     (B200, Case("causal", dtype="bfloat16", dim_qk=128, causal=True, heads_q=4, **SHAPE)),  # three stages
     (H200, Case("packed", dtype="bfloat16", dim_qk=64, dim_v=40, **PACKED)),
@@ -203,7 +206,8 @@ def test_infinite_values_reach_the_rows_that_see_them(dtype: torch.dtype) -> Non
 
 
 def almost(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.allclose(a.float(), b.float(), rtol=0.01, atol=0.01)
+    """But for the last bit of bfloat16."""
+    return torch.allclose(a.float(), b.float(), rtol=2**-7, atol=1e-3)
 
 
 # Hopper's kernels take other products where a tile holds such data, so a last bit may differ.
